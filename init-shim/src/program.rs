@@ -1,0 +1,223 @@
+//! Starts one program inside the sandbox: what happens between fork and exec, in this order.
+//!
+//! 1. standard streams; every other descriptor closed
+//! 2. own session, no core dumps, umask 022, working directory
+//! 3. default signal actions
+//! 4. capability bounding set, then groups, gid and uid, then the other capability sets
+//! 5. no_new_privs and the seccomp filter, last, since it forbids some of the above
+//! 6. exec
+//!
+//! The working directory is entered before the identity changes: a session may be given a folder below
+//! directories that its user cannot search.
+
+use crate::Failure;
+use crate::failure::{Call, CallError};
+use crate::messages::{Identity, Program};
+use caps::{CapSet, Capability, CapsHashSet};
+use execd_sys::{CloneFlags, Cloned, SingleThreaded, clone3, exit_now};
+use nix::errno::Errno;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Resource, Rlimit, setrlimit, setsid};
+use seccompiler::sock_filter;
+use std::fs::File;
+use std::io::{Read, Write};
+
+/// A program that has been executed.
+pub(crate) struct Started {
+    pub(crate) pid: Pid,
+    pub(crate) pidfd: OwnedFd,
+    /// Which of the commands it was.
+    pub(crate) command: usize,
+}
+
+/// The three standard streams.
+pub(crate) type Streams = [OwnedFd; 3];
+
+/// Forks, prepares and executes; returns once the exec has succeeded or a step has failed.
+pub(crate) fn start(
+    proof: &SingleThreaded,
+    program: &Program,
+    streams: &Streams,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<Started, Failure> {
+    let step = "fork the program";
+    let (report_read, report_write) = pipe_with(PipeFlags::CLOEXEC)
+        .call(|| "pipe2".into())
+        .map_err(|e| e.of(step))?;
+    let cloned = clone3(proof, CloneFlags::empty(), cgroup);
+    match cloned.call(|| "clone3".into()).map_err(|e| e.of(step))? {
+        Cloned::Child => {
+            let mut report = Report(report_write);
+            let failure = become_program(program, streams, &mut report);
+            report.write(&Err(failure));
+            exit_now(127);
+        }
+        Cloned::Parent { pid, pidfd } => {
+            drop(report_write);
+            let command = read_report(report_read)?;
+            Ok(Started { pid, pidfd, command })
+        }
+    }
+}
+
+/// The write end of a close-on-exec pipe: the last thing written before it closes is the outcome.
+struct Report(OwnedFd);
+
+impl Report {
+    /// Says which command is about to be executed, or what failed. Nobody is left to tell if the pipe breaks.
+    fn write(&mut self, outcome: &Result<usize, Failure>) {
+        let Ok(bytes) = postcard::to_stdvec(outcome) else {
+            return;
+        };
+        let Ok(fd) = self.0.try_clone() else { return };
+        let _ = File::from(fd).write_all(&bytes);
+    }
+}
+
+fn read_report(pipe: OwnedFd) -> Result<usize, Failure> {
+    let mut bytes = Vec::new();
+    File::from(pipe)
+        .read_to_end(&mut bytes)
+        .call(|| "read(report)".into())
+        .map_err(|e| e.of("exec"))?;
+    let mut last = Err(Failure::check(
+        "exec",
+        "the program's process died before it was executed",
+    ));
+    let mut rest = bytes.as_slice();
+    while let Ok((outcome, after)) = postcard::take_from_bytes::<Result<usize, Failure>>(rest) {
+        last = outcome;
+        rest = after;
+    }
+    last
+}
+
+/// Only returns when a step failed (or ends the process, for a program without commands).
+fn become_program(program: &Program, streams: &Streams, report: &mut Report) -> Failure {
+    match prepare(program, streams, report) {
+        Err(failure) => failure,
+        Ok(()) if program.commands.is_empty() => {
+            report.write(&Ok(0));
+            exit_now(0)
+        }
+        Ok(()) => execute(program, report),
+    }
+}
+
+fn prepare(program: &Program, streams: &Streams, report: &mut Report) -> Result<(), Failure> {
+    move_descriptors(streams, report).map_err(|e| e.of("set up the standard streams"))?;
+    enter_session(program).map_err(|e| e.of(format!("enter {}", program.cwd.display())))?;
+    execd_sys::reset_signals();
+    let Identity { uid, gid, .. } = program.identity;
+    switch_identity(program).map_err(|e| e.of(format!("become uid {uid} gid {gid}")))?;
+    lock_down(program).map_err(|e| e.of("install the seccomp filter"))
+}
+
+fn move_descriptors(streams: &Streams, report: &mut Report) -> Result<(), CallError> {
+    // Numbers 0 to 3 are taken by nobody here but the streams of init, so nothing is overwritten that is
+    // needed later: the received descriptors are numbered above init's own socket.
+    for (number, fd) in (0..).zip(streams) {
+        execd_sys::redirect(fd.as_fd(), number).call(|| format!("dup2({number})"))?;
+    }
+    execd_sys::redirect(report.0.as_fd(), 3).call(|| "dup2(3)".into())?;
+    report.0 = execd_sys::adopt(3).call(|| "fcntl(3, F_SETFD, FD_CLOEXEC)".into())?;
+    execd_sys::close_range_from(4).call(|| "close_range(4, ~0)".into())
+}
+
+fn enter_session(program: &Program) -> Result<(), CallError> {
+    if program.new_session {
+        setsid().call(|| "setsid".into())?;
+    }
+    rustix::process::umask(rustix::fs::Mode::from(0o022));
+    setrlimit(
+        Resource::Core,
+        Rlimit {
+            current: Some(0),
+            maximum: Some(0),
+        },
+    )
+    .call(|| "setrlimit(RLIMIT_CORE, 0)".into())?;
+    rustix::process::chdir(&program.cwd).call(|| format!("chdir({:?})", program.cwd))
+}
+
+fn switch_identity(program: &Program) -> Result<(), CallError> {
+    let keep = kept_capabilities(program);
+    for capability in caps::all() {
+        if !keep.contains(&capability) {
+            match caps::has_cap(None, CapSet::Bounding, capability) {
+                Ok(true) => caps::drop(None, CapSet::Bounding, capability).map_err(|error| {
+                    CallError::what(format!("drop {capability} from the bounding set: {error}"))
+                })?,
+                Ok(false) | Err(_) => {}
+            }
+        }
+    }
+    let (uid, gid) = (program.identity.uid, program.identity.gid);
+    if program.identity.switch {
+        nix::unistd::setgroups(&[]).call(|| "setgroups([])".into())?;
+        let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
+        nix::unistd::setresgid(gid, gid, gid).call(|| format!("setresgid({gid})"))?;
+        nix::unistd::setresuid(uid, uid, uid).call(|| format!("setresuid({uid})"))?;
+    }
+    // The ambient set empties itself as the inheritable one does (capabilities(7)).
+    let held = caps::read(None, CapSet::Permitted).unwrap_or_default();
+    let keep: CapsHashSet = keep.intersection(&held).copied().collect();
+    let set = |which, value: &CapsHashSet| {
+        caps::set(None, which, value).map_err(|error| CallError::what(format!("capset({which:?}): {error}")))
+    };
+    set(CapSet::Inheritable, &CapsHashSet::new())?;
+    set(CapSet::Effective, &keep)?;
+    set(CapSet::Permitted, &keep)
+}
+
+/// uid 0 keeps the plan's capabilities, every other user none.
+fn kept_capabilities(program: &Program) -> CapsHashSet {
+    if program.identity.uid != 0 {
+        return CapsHashSet::new();
+    }
+    caps::all()
+        .into_iter()
+        .filter(|c: &Capability| program.capabilities & c.bitmask() != 0)
+        .collect()
+}
+
+fn lock_down(program: &Program) -> Result<(), CallError> {
+    rustix::thread::set_no_new_privs(true).call(|| "prctl(PR_SET_NO_NEW_PRIVS)".into())?;
+    if program.seccomp.is_empty() {
+        return Ok(());
+    }
+    let filter: Vec<sock_filter> = program
+        .seccomp
+        .iter()
+        .map(|i| sock_filter {
+            code: i.code,
+            jt: i.jt,
+            jf: i.jf,
+            k: i.k,
+        })
+        .collect();
+    seccompiler::apply_filter(&filter).map_err(|error| CallError::what(format!("seccomp: {error}")))
+}
+
+fn execute(program: &Program, report: &mut Report) -> Failure {
+    let mut worst = Errno::ENOENT;
+    let mut tried = Vec::new();
+    for (index, command) in program.commands.iter().enumerate() {
+        report.write(&Ok(index));
+        let errno = match nix::unistd::execve(&command.path, &command.argv, &program.environment) {
+            Ok(never) => match never {},
+            Err(errno) => errno,
+        };
+        // "Not found" in one place says less than any other reason does.
+        if errno != Errno::ENOENT {
+            worst = errno;
+        }
+        tried.push(command.path.to_string_lossy());
+    }
+    Failure {
+        step: "exec".into(),
+        call: format!("execve({})", tried.join(", ")),
+        errno: worst as i32,
+    }
+}

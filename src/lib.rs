@@ -1,0 +1,9 @@
+//! execd: disposable, isolated bash sessions over HTTP.
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod config;
+pub mod run_once;
+pub mod sandbox;
+pub mod session;
+pub mod workspace;

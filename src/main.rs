@@ -1,0 +1,27 @@
+//! The `execd` program: picks the role and reports errors.
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use execd::cli::{Cli, Subcommands, normalize};
+use execd::sandbox::launcher;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(launcher::ROLE) {
+        return report(execd_init_shim::launcher::serve().map(|()| 0).map_err(Into::into));
+    }
+    report(match Cli::parse_from(normalize(std::env::args())).command {
+        Subcommands::Run(args) => execd::run_once::run(&args),
+        _ => Ok(0),
+    })
+}
+
+fn report(outcome: anyhow::Result<i32>) -> ExitCode {
+    match outcome {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("execd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

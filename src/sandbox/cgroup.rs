@@ -1,0 +1,238 @@
+//! A cgroup v2 directory per sandbox, and leaves in it (cgroups(7), cgroup-v2.rst).
+//!
+//! No controller is needed: the directories give exact membership, `cgroup.kill` and freezing, on hybrid v1
+//! hosts too. The tree hangs below execd's own cgroup and is reached through a mount that is never attached
+//! anywhere, so a read-only /sys/fs/cgroup does not matter.
+//!
+//! ```text
+//! <execd's cgroup>/execd-<pid>      held by flock(2) as long as this execd lives
+//!     <session id>/                 its init
+//!         0/ 1/ …                   leaves: the shell, and runs that left processes behind
+//! ```
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{AtFlags, CWD, Dir, FlockOperation, Mode, OFlags, flock, mkdirat, openat, unlinkat};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+use std::io::{self, Read, Write};
+use std::time::{Duration, Instant};
+
+/// Processes leave a cgroup a moment after they are seen dead; how long to wait for that.
+const EMPTY_WAIT_MAX: Duration = Duration::from_secs(2);
+const INSTANCE_PREFIX: &str = "execd-";
+
+/// This execd's part of the cgroup tree.
+#[derive(Debug)]
+pub struct CgroupTree {
+    parent: OwnedFd,
+    own: OwnedFd,
+    name: String,
+}
+
+/// A directory of the tree.
+#[derive(Debug)]
+pub struct Cgroup {
+    parent: OwnedFd,
+    dir: OwnedFd,
+    name: String,
+}
+
+impl CgroupTree {
+    /// Makes this execd's directory and removes those that dead ones left.
+    ///
+    /// # Errors
+    /// A sentence that says why this machine offers none.
+    pub fn create() -> Result<Self, String> {
+        let parent = own_cgroup()?;
+        sweep(&parent);
+        let name = format!("{INSTANCE_PREFIX}{}", std::process::id());
+        let own =
+            make_dir(&parent, &name).map_err(|errno| format!("mkdir in execd's own cgroup: {errno}"))?;
+        flock(&own, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| format!("lock execd's cgroup directory: {errno}"))?;
+        Ok(Self { parent, own, name })
+    }
+
+    /// A directory for one sandbox.
+    ///
+    /// # Errors
+    /// Those of mkdir(2); `EAGAIN` at the limit of descendants.
+    pub fn sandbox(&self, name: &str) -> io::Result<Cgroup> {
+        Cgroup::create(&self.own, name)
+    }
+}
+
+impl Drop for CgroupTree {
+    fn drop(&mut self) {
+        let _ = unlinkat(&self.parent, self.name.as_str(), AtFlags::REMOVEDIR);
+    }
+}
+
+impl Cgroup {
+    fn create(parent: &OwnedFd, name: &str) -> io::Result<Self> {
+        let dir = make_dir(parent, name)?;
+        Ok(Self {
+            parent: parent.try_clone()?,
+            dir,
+            name: name.to_owned(),
+        })
+    }
+
+    /// A leaf below this directory.
+    ///
+    /// # Errors
+    /// Those of mkdir(2).
+    pub fn leaf(&self, number: u32) -> io::Result<Cgroup> {
+        Cgroup::create(&self.dir, &number.to_string())
+    }
+
+    /// The processes in it, as the daemon numbers them.
+    ///
+    /// # Errors
+    /// `ENODEV` when it has been removed.
+    pub fn processes(&self) -> io::Result<Vec<i32>> {
+        let mut text = String::new();
+        std::fs::File::from(self.open("cgroup.procs", OFlags::RDONLY)?).read_to_string(&mut text)?;
+        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+    }
+
+    /// Moves a process here.
+    ///
+    /// # Errors
+    /// `ESRCH` when it has ended.
+    pub fn adopt(&self, pid: i32) -> io::Result<()> {
+        self.write("cgroup.procs", &pid.to_string())
+    }
+
+    /// Kills all processes in it and below, however they detached themselves (kernel 5.14).
+    ///
+    /// # Errors
+    /// `ENOENT` on older kernels.
+    pub fn kill(&self) -> io::Result<()> {
+        self.write("cgroup.kill", "1")
+    }
+
+    /// Removes it and its leaves, waiting a little for processes to be gone.
+    ///
+    /// # Errors
+    /// `EBUSY` when processes remain.
+    pub fn remove(&self) -> io::Result<()> {
+        let deadline = Instant::now() + EMPTY_WAIT_MAX;
+        loop {
+            match remove_tree(&self.parent, &self.name) {
+                Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+                Ok(()) | Err(Errno::NOENT) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    fn open(&self, file: &str, flags: OFlags) -> io::Result<OwnedFd> {
+        Ok(openat(&self.dir, file, flags | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
+    fn write(&self, file: &str, text: &str) -> io::Result<()> {
+        std::fs::File::from(self.open(file, OFlags::WRONLY)?).write_all(text.as_bytes())
+    }
+}
+
+impl AsFd for Cgroup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+/// Opens the directory of the cgroup execd runs in.
+fn own_cgroup() -> Result<OwnedFd, String> {
+    let text =
+        std::fs::read_to_string("/proc/self/cgroup").map_err(|e| format!("read /proc/self/cgroup: {e}"))?;
+    let path = text
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .ok_or("this kernel has no cgroup v2 hierarchy")?;
+    if path.starts_with("/..") {
+        return Err(format!("execd's cgroup {path} lies outside its cgroup namespace"));
+    }
+    let detached = detached_mount();
+    let (root, path) = match &detached {
+        Ok(mount) => (mount.as_fd(), path.trim_start_matches('/').to_owned()),
+        Err(errno) => (
+            CWD,
+            attached_path(path).ok_or_else(|| format!("mount cgroup2: {errno}"))?,
+        ),
+    };
+    let path = if path.is_empty() { "." } else { &path };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(root, path, flags, Mode::empty()).map_err(|errno| format!("open cgroup {path}: {errno}"))
+}
+
+fn detached_mount() -> Result<OwnedFd, Errno> {
+    let context = fsopen("cgroup2", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_NOSUID,
+    )
+}
+
+/// Where `path` of the hierarchy is found under a cgroup2 mount that exists already.
+fn attached_path(path: &str) -> Option<String> {
+    let mounts = procfs::process::Process::myself().ok()?.mountinfo().ok()?;
+    mounts
+        .into_iter()
+        .filter(|mount| mount.fs_type == "cgroup2")
+        .find_map(|mount| {
+            let below = path.strip_prefix(mount.root.trim_end_matches('/'))?;
+            Some(format!("{}{below}", mount.mount_point.display()))
+        })
+}
+
+fn make_dir(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
+    mkdirat(parent, name, Mode::from(0o755))?;
+    open_dir(parent, name)
+}
+
+fn open_dir(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
+    openat(
+        parent,
+        name,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW,
+        Mode::empty(),
+    )
+}
+
+/// Removes what earlier instances left: their lock is free once they are dead.
+fn sweep(parent: &OwnedFd) {
+    for name in subdirectories(parent)
+        .into_iter()
+        .filter(|name| name.starts_with(INSTANCE_PREFIX))
+    {
+        let Ok(dir) = open_dir(parent, &name) else {
+            continue;
+        };
+        if flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            let _ = remove_tree(parent, &name);
+        }
+    }
+}
+
+fn remove_tree(parent: &OwnedFd, name: &str) -> Result<(), Errno> {
+    let dir = open_dir(parent, name)?;
+    for child in subdirectories(&dir) {
+        remove_tree(&dir, &child)?;
+    }
+    unlinkat(parent, name, AtFlags::REMOVEDIR)
+}
+
+fn subdirectories(dir: &OwnedFd) -> Vec<String> {
+    let Ok(entries) = Dir::read_from(dir) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_type() == rustix::fs::FileType::Directory)
+        .filter_map(|entry| entry.file_name().to_str().ok().map(str::to_owned))
+        .filter(|name| name != "." && name != "..")
+        .collect()
+}

@@ -1,0 +1,354 @@
+//! A running sandbox: what the daemon holds of it, and how programs are started in it.
+//!
+//! All calls here block, for a millisecond or so. They belong on a thread that may block.
+
+use super::launcher::Launcher;
+use super::plan::{plan, program};
+use super::spec::SandboxSpec;
+use execd_init_shim::Failure;
+use execd_init_shim::channel::{Channel, Received};
+use execd_init_shim::messages::{Command, Event, ExitStatus, Request};
+use execd_sys::{Cloned, SingleThreaded};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::process::Signal;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long init may take for its mounts, or for one program; a hung network file system below a workspace
+/// is what makes this happen.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// Why there is no sandbox, or no program in it.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// A set-up step failed; the text names it.
+    #[error("{0}")]
+    Step(#[from] Failure),
+    /// The launcher died.
+    #[error("the launcher is gone")]
+    LauncherLost,
+    /// init died.
+    #[error("the sandbox's init is gone")]
+    InitLost,
+    /// init did not answer in time.
+    #[error("the sandbox's init did not answer within {} s", ANSWER_WAIT_MAX.as_secs())]
+    TimedOut,
+    /// The daemon's own side failed.
+    #[error("talk to the sandbox")]
+    Io(#[source] io::Error),
+}
+
+impl From<io::Error> for LaunchError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => Self::TimedOut,
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::InitLost,
+            _ => Self::Io(error),
+        }
+    }
+}
+
+/// An init that has been forked and is busy with its plan.
+#[derive(Debug)]
+pub struct Forked {
+    /// Our end of its channel.
+    pub channel: Channel,
+    /// A handle to it.
+    pub pidfd: OwnedFd,
+    /// Its pid as the daemon numbers it.
+    pub pid: i32,
+    /// Wall time of the clone; microseconds.
+    pub clone_us: u32,
+}
+
+/// What the daemon needs to see the files of a sandbox exactly as the sandbox does. Root alone is not enough:
+/// when init dies the mounts vanish from under it, and paths would then lead into the host's files. The
+/// namespace keeps them in place for as long as somebody holds the view.
+#[derive(Debug)]
+pub struct View {
+    /// `O_PATH` descriptor of the sandbox's `/`.
+    pub root: OwnedFd,
+    /// The mount namespace, held and never entered.
+    pub mount_namespace: OwnedFd,
+}
+
+/// A sandbox. Dropping it kills everything inside.
+#[derive(Debug)]
+pub struct Sandbox {
+    spec: SandboxSpec,
+    channel: Channel,
+    pidfd: OwnedFd,
+    /// init's pid as the daemon numbers it.
+    pub pid: i32,
+    /// The sandbox's files.
+    pub view: View,
+    /// Writable descriptor of the control directory, if the spec has one.
+    pub control: Option<OwnedFd>,
+    /// Wall time of the clone; microseconds.
+    pub clone_us: u32,
+    /// From before the clone until all mounts were in place; microseconds.
+    pub assembled_us: u32,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    programs: u32,
+    /// Ends that arrived while something else was waited for.
+    exits: VecDeque<(u32, ExitStatus)>,
+}
+
+/// A program that runs in a sandbox.
+#[derive(Debug)]
+pub struct Started {
+    /// Its name in [`Sandbox::next_exit`].
+    pub id: u32,
+    /// A handle to it.
+    pub pidfd: OwnedFd,
+    /// Which of the commands it was.
+    pub command: usize,
+    /// From before the sandbox's clone to the program's exec; microseconds.
+    pub since_clone_us: u32,
+}
+
+/// What [`Sandbox::next_exit`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Program `id` has ended.
+    Program(u32, ExitStatus),
+    /// init is gone, so everything is.
+    Sandbox,
+    /// Nothing new.
+    None,
+}
+
+impl Sandbox {
+    /// Has the launcher fork an init, inside `cgroup` if given, and waits until its mounts are in place.
+    ///
+    /// # Errors
+    /// The step that failed; nothing is left behind then.
+    pub fn launch(
+        launcher: &Launcher,
+        spec: SandboxSpec,
+        cgroup: Option<&impl AsFd>,
+    ) -> Result<Self, LaunchError> {
+        let forked = launcher.fork(&plan(&spec), cgroup)?;
+        Self::assembled(forked, spec)
+    }
+
+    /// Forks the init from this very process, which must have one thread: what a command line tool does.
+    ///
+    /// # Errors
+    /// As [`Sandbox::launch`].
+    pub fn fork(proof: &SingleThreaded, spec: SandboxSpec) -> Result<Self, LaunchError> {
+        let plan = plan(&spec);
+        let plan_bytes = postcard::to_stdvec(&plan).map_err(io::Error::other)?;
+        let (ours, theirs) = Channel::pair()?;
+        let namespaces = execd_init_shim::launcher::namespaces(plan.id_map.is_some());
+        let started = Instant::now();
+        match execd_sys::clone3(proof, namespaces, None) {
+            Ok(Cloned::Child) => {
+                execd_init_shim::pid1::run(proof, theirs, &plan_bytes, started);
+                execd_sys::exit_now(0)
+            }
+            Ok(Cloned::Parent { pid, pidfd }) => {
+                let clone_us = started.elapsed().as_micros() as u32;
+                Self::assembled(
+                    Forked {
+                        channel: ours,
+                        pidfd,
+                        pid: pid.as_raw_pid(),
+                        clone_us,
+                    },
+                    spec,
+                )
+            }
+            Err(error) => Err(Failure {
+                step: "fork the sandbox's init".into(),
+                call: "clone3(new namespaces)".into(),
+                errno: error.raw_os_error().unwrap_or(0),
+            }
+            .into()),
+        }
+    }
+
+    fn assembled(forked: Forked, spec: SandboxSpec) -> Result<Self, LaunchError> {
+        let Forked {
+            channel,
+            pidfd,
+            pid,
+            clone_us,
+        } = forked;
+        set_socket_timeout(&channel, Timeout::Recv, Some(ANSWER_WAIT_MAX)).map_err(io::Error::from)?;
+        // Until the sandbox exists as a value, this guard is what ends a half-built one.
+        let guard = KillOnDrop(&pidfd);
+        let mut answer = channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
+        let (has_control, assembled_us) = match answer.message {
+            Event::Assembled {
+                has_control,
+                since_clone_us,
+            } => (has_control, since_clone_us),
+            Event::Failed(failure) => return Err(failure.into()),
+            _ => return Err(LaunchError::InitLost),
+        };
+        let view = View {
+            root: answer.fd()?,
+            mount_namespace: answer.fd()?,
+        };
+        let control = if has_control { Some(answer.fd()?) } else { None };
+        std::mem::forget(guard);
+        let state = Mutex::default();
+        Ok(Self {
+            spec,
+            channel,
+            pidfd,
+            pid,
+            view,
+            control,
+            clone_us,
+            assembled_us,
+            state,
+        })
+    }
+
+    /// The spec it was launched with.
+    pub fn spec(&self) -> &SandboxSpec {
+        &self.spec
+    }
+
+    /// Starts the first of `commands` that exists, with these standard streams and nothing else open, born in
+    /// `cgroup` if given. Returns once it has been executed.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn start(
+        &self,
+        commands: Vec<Command>,
+        streams: [BorrowedFd<'_>; 3],
+        cgroup: Option<&impl AsFd>,
+    ) -> Result<Started, LaunchError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.programs += 1;
+        let id = state.programs;
+        let request = Request::Start {
+            id,
+            program: program(&self.spec, commands),
+            into_cgroup: cgroup.is_some(),
+        };
+        let mut fds = streams.to_vec();
+        fds.extend(cgroup.map(AsFd::as_fd));
+        self.channel.send(&request, &[], &fds)?;
+        loop {
+            let mut answer = self.channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
+            match answer.message {
+                Event::Started {
+                    id: of,
+                    command,
+                    since_clone_us,
+                } if of == id => {
+                    return Ok(Started {
+                        id,
+                        pidfd: answer.fd()?,
+                        command,
+                        since_clone_us,
+                    });
+                }
+                Event::NotStarted { id: of, failure } if of == id => return Err(failure.into()),
+                Event::Exited { id, status } => state.exits.push_back((id, status)),
+                _ => {}
+            }
+        }
+    }
+
+    /// The next end of a program, without waiting. Readiness shows on the descriptor of [`AsFd`].
+    pub fn next_exit(&self) -> Exit {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((id, status)) = state.exits.pop_front() {
+            return Exit::Program(id, status);
+        }
+        loop {
+            match self.channel.try_recv::<Event>() {
+                Ok(Some(Received {
+                    message: Event::Exited { id, status },
+                    ..
+                })) => {
+                    return Exit::Program(id, status);
+                }
+                Ok(Some(_)) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Exit::None,
+                Ok(None) | Err(_) => return Exit::Sandbox,
+            }
+        }
+    }
+
+    /// Waits for the end of program `id`, for at most `timeout`.
+    ///
+    /// # Errors
+    /// [`LaunchError::InitLost`] when the sandbox ends first, [`LaunchError::TimedOut`].
+    pub fn wait(&self, id: u32, timeout: Option<Duration>) -> Result<ExitStatus, LaunchError> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            match self.next_exit() {
+                Exit::Program(of, status) if of == id => return Ok(status),
+                Exit::Program(..) => {}
+                Exit::Sandbox => return Err(LaunchError::InitLost),
+                Exit::None => wait_readable(self.channel.as_fd(), deadline)?,
+            }
+        }
+    }
+
+    /// Kills everything inside and waits until it is gone.
+    ///
+    /// # Errors
+    /// [`LaunchError::TimedOut`] when a process is stuck in the kernel.
+    pub fn destroy(&self, timeout: Duration) -> Result<(), LaunchError> {
+        drop(KillOnDrop(&self.pidfd));
+        wait_readable(self.pidfd.as_fd(), Some(Instant::now() + timeout))
+    }
+}
+
+impl AsFd for Sandbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        drop(KillOnDrop(&self.pidfd));
+    }
+}
+
+/// Kills an init; the kernel then kills the rest of its PID namespace (pid_namespaces(7)).
+struct KillOnDrop<'a>(&'a OwnedFd);
+
+impl Drop for KillOnDrop<'_> {
+    fn drop(&mut self) {
+        // It fails only when init is dead already.
+        let _ = rustix::process::pidfd_send_signal(self.0, Signal::KILL);
+    }
+}
+
+/// Blocks until `fd` is readable.
+///
+/// # Errors
+/// [`LaunchError::TimedOut`] at the deadline.
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, deadline: Option<Instant>) -> Result<(), LaunchError> {
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(
+            &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
+            timeout.as_ref(),
+        ) {
+            Ok(0) => return Err(LaunchError::TimedOut),
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(LaunchError::Io(errno.into())),
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! The profiles `strict` and `balanced`, as ordered mounts.
+//!
+//! Every sandbox starts from the container's whole file system, read-only and nosuid. Over it come, shallow
+//! before deep, the private places (/tmp, /run, /dev, /proc) and what the caller asked for. Sorting by depth
+//! keeps one rule for all of them: what lies deeper is visible.
+//!
+//! The profiles differ in one thing: `strict` has a private /tmp, `balanced` shares the container's.
+
+use execd_init_shim::messages::{MountStep, Upper};
+use std::path::{Path, PathBuf};
+
+/// Where the control directory of the shell protocol appears inside.
+pub const CONTROL_DIR: &str = "/run/execd";
+
+/// How much of the container a session shares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    /// Private /tmp.
+    #[default]
+    Strict,
+    /// The container's /tmp, writable.
+    Balanced,
+}
+
+/// What the caller asked to see, resolved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The profile.
+    pub profile: Profile,
+    /// Workspaces: same path inside as outside.
+    pub workspaces: Vec<WorkspaceMount>,
+    /// Extra binds, writable folders included.
+    pub binds: Vec<BindMount>,
+    /// Host paths no session may see into.
+    pub hidden: Vec<PathBuf>,
+    /// A file below /run that name resolution needs, to be shown read-only although /run is private.
+    pub resolver: Option<PathBuf>,
+    /// Sizes of the private places.
+    pub sizes: Sizes,
+}
+
+/// One workspace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkspaceMount {
+    /// Where it appears.
+    pub dest: PathBuf,
+    /// The host directory, links resolved.
+    pub source: PathBuf,
+    /// How.
+    pub access: Access,
+}
+
+/// How a workspace is mounted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    /// Writes go through.
+    ReadWrite,
+    /// No writes.
+    ReadOnly,
+    /// Writes go to an upper.
+    Overlay(Upper),
+}
+
+/// One bind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BindMount {
+    /// The host path, links resolved.
+    pub source: PathBuf,
+    /// Where it appears.
+    pub dest: PathBuf,
+    /// No writes.
+    pub read_only: bool,
+}
+
+/// Sizes of the private tmpfs mounts; bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// /tmp
+    pub tmp_bytes_max: u64,
+    /// /run
+    pub run_bytes_max: u64,
+    /// /dev/shm
+    pub shm_bytes_max: u64,
+    /// The control directory: holds the code and the input of one run.
+    pub control_bytes_max: u64,
+}
+
+/// Inodes of each private tmpfs; a flood of empty files is memory too.
+const INODES_MAX: u64 = 262_144;
+
+/// /proc entries that act on the whole machine: readable, not writable.
+const PROC_READ_ONLY: [&str; 6] = ["sys", "bus", "fs", "irq", "sysrq-trigger", "mtrr"];
+/// /proc entries that tell about the whole machine what no session should know (as OCI runtimes mask).
+const PROC_MASKED: [&str; 9] = [
+    "acpi",
+    "asound",
+    "interrupts",
+    "kcore",
+    "keys",
+    "latency_stats",
+    "sched_debug",
+    "scsi",
+    "timer_list",
+];
+/// Places that a caller's mount may neither be nor be beneath: the sandbox's own.
+const RESERVED: [&str; 4] = ["/proc", "/dev", "/sys", CONTROL_DIR];
+
+/// The mounts of a session, in order. Pure.
+pub fn mounts(layout: &Layout) -> Vec<MountStep> {
+    let root = layout
+        .workspaces
+        .iter()
+        .find(|mount| mount.dest == Path::new("/"));
+    let mut steps = vec![root.map_or_else(read_only_root, workspace)];
+    let mut above = Vec::new();
+    above.extend(tmp(layout));
+    above.push(MountStep::Tmpfs {
+        dest: "/run".into(),
+        mode: 0o755,
+        bytes_max: layout.sizes.run_bytes_max,
+        inodes_max: INODES_MAX,
+    });
+    above.push(MountStep::Control {
+        dest: CONTROL_DIR.into(),
+        bytes_max: layout.sizes.control_bytes_max,
+    });
+    above.push(MountStep::Dev {
+        dest: "/dev".into(),
+        shm_bytes_max: layout.sizes.shm_bytes_max,
+    });
+    above.push(MountStep::Proc {
+        dest: "/proc".into(),
+        read_only: PROC_READ_ONLY.map(String::from).to_vec(),
+        masked: PROC_MASKED.map(String::from).to_vec(),
+    });
+    above.push(MountStep::Mask {
+        dest: "/sys/firmware".into(),
+    });
+    if let Some(resolver) = &layout.resolver {
+        above.push(bind(resolver, resolver, true, false));
+    }
+    above.extend(
+        layout
+            .workspaces
+            .iter()
+            .filter(|mount| mount.dest != Path::new("/"))
+            .map(workspace),
+    );
+    above.extend(
+        layout
+            .hidden
+            .iter()
+            .map(|path| MountStep::Mask { dest: path.clone() }),
+    );
+    above.extend(
+        layout
+            .binds
+            .iter()
+            .map(|b| bind(&b.source, &b.dest, b.read_only, true)),
+    );
+    above.sort_by_key(|step| depth(step.dest()));
+    steps.append(&mut above);
+    steps
+}
+
+/// Whether a caller's mount at `path` would take the place of something the sandbox itself provides.
+pub fn is_reserved(path: &Path) -> bool {
+    path == Path::new("/run") || RESERVED.iter().any(|reserved| path.starts_with(reserved))
+}
+
+fn read_only_root() -> MountStep {
+    bind(Path::new("/"), Path::new("/"), true, true)
+}
+
+fn tmp(layout: &Layout) -> Option<MountStep> {
+    // A mount of the caller on /tmp, or on what contains it, decides about /tmp.
+    if layout
+        .workspaces
+        .iter()
+        .any(|mount| Path::new("/tmp").starts_with(&mount.dest))
+    {
+        return None;
+    }
+    Some(match layout.profile {
+        Profile::Strict => MountStep::Tmpfs {
+            dest: "/tmp".into(),
+            mode: 0o1777,
+            bytes_max: layout.sizes.tmp_bytes_max,
+            inodes_max: INODES_MAX,
+        },
+        Profile::Balanced => bind(Path::new("/tmp"), Path::new("/tmp"), false, true),
+    })
+}
+
+fn workspace(mount: &WorkspaceMount) -> MountStep {
+    match &mount.access {
+        Access::ReadWrite => bind(&mount.source, &mount.dest, false, true),
+        Access::ReadOnly => bind(&mount.source, &mount.dest, true, true),
+        Access::Overlay(upper) => MountStep::Overlay {
+            lower: mount.source.clone(),
+            upper: upper.clone(),
+            dest: mount.dest.clone(),
+        },
+    }
+}
+
+fn bind(source: &Path, dest: &Path, read_only: bool, recursive: bool) -> MountStep {
+    MountStep::Bind {
+        source: source.into(),
+        dest: dest.into(),
+        read_only,
+        recursive,
+    }
+}
+
+fn depth(path: &Path) -> usize {
+    path.components().count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(profile: Profile, workspaces: &[(&str, Access)]) -> Layout {
+        Layout {
+            profile,
+            workspaces: workspaces
+                .iter()
+                .map(|(path, access)| WorkspaceMount {
+                    dest: path.into(),
+                    source: path.into(),
+                    access: access.clone(),
+                })
+                .collect(),
+            binds: vec![],
+            hidden: vec!["/var/lib/execd/isolation".into()],
+            resolver: None,
+            sizes: Sizes {
+                tmp_bytes_max: 1,
+                run_bytes_max: 2,
+                shm_bytes_max: 3,
+                control_bytes_max: 4,
+            },
+        }
+    }
+
+    fn dests(layout: &Layout) -> Vec<String> {
+        mounts(layout)
+            .iter()
+            .map(|step| step.dest().display().to_string())
+            .collect()
+    }
+
+    #[test]
+    fn strict_is_a_read_only_root_with_private_places_over_it() {
+        let dests = dests(&layout(Profile::Strict, &[("/workspace", Access::ReadWrite)]));
+        assert_eq!(
+            dests,
+            [
+                "/",
+                "/tmp",
+                "/run",
+                "/dev",
+                "/proc",
+                "/workspace",
+                "/run/execd",
+                "/sys/firmware",
+                "/var/lib/execd/isolation"
+            ]
+        );
+        assert_eq!(mounts(&layout(Profile::Strict, &[]))[0], read_only_root());
+    }
+
+    #[test]
+    fn tmp_is_private_shared_or_the_callers() {
+        let tmp = |layout: &Layout| {
+            mounts(layout)
+                .into_iter()
+                .filter(|step| step.dest() == Path::new("/tmp"))
+                .collect::<Vec<_>>()
+        };
+        assert!(matches!(
+            tmp(&layout(Profile::Strict, &[])).as_slice(),
+            [MountStep::Tmpfs { .. }]
+        ));
+        assert!(matches!(
+            tmp(&layout(Profile::Balanced, &[])).as_slice(),
+            [MountStep::Bind { read_only: false, .. }]
+        ));
+        for profile in [Profile::Strict, Profile::Balanced] {
+            let own = layout(profile, &[("/tmp", Access::ReadOnly)]);
+            assert!(matches!(
+                tmp(&own).as_slice(),
+                [MountStep::Bind { read_only: true, .. }]
+            ));
+        }
+    }
+
+    #[test]
+    fn deeper_mounts_come_later_whatever_their_kind() {
+        let mut layout = layout(
+            Profile::Strict,
+            &[("/a/b/c", Access::ReadOnly), ("/a", Access::ReadWrite)],
+        );
+        layout.binds.push(BindMount {
+            source: "/mnt".into(),
+            dest: "/a/b".into(),
+            read_only: true,
+        });
+        let dests = dests(&layout);
+        let place = |path| dests.iter().position(|dest| dest == path).unwrap();
+        assert!(place("/a") < place("/a/b") && place("/a/b") < place("/a/b/c"));
+    }
+
+    #[test]
+    fn the_sandboxs_own_places_are_reserved() {
+        for path in [
+            "/proc",
+            "/proc/self",
+            "/dev/shm",
+            "/sys",
+            "/run",
+            "/run/execd",
+            "/run/execd/x",
+        ] {
+            assert!(is_reserved(Path::new(path)), "{path}");
+        }
+        for path in ["/", "/processes", "/run/user/1000", "/workspace", "/tmp"] {
+            assert!(!is_reserved(Path::new(path)), "{path}");
+        }
+    }
+}

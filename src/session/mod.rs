@@ -1,0 +1,4 @@
+//! Sessions.
+
+pub mod options;
+pub mod prepare;

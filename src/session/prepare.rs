@@ -1,0 +1,306 @@
+//! From a validated request to the spec of a sandbox: resolves paths on the host, allocates uppers, filters
+//! the environment. Blocks on the file system.
+
+use super::options::{MountMode, OptionError, SessionOptions, UidMode};
+use crate::config::Config;
+use crate::sandbox::environment;
+use crate::sandbox::profile::{self, Access, BindMount, Layout, Sizes, WorkspaceMount};
+use crate::sandbox::seccomp::Filter;
+use crate::sandbox::spec::{Namespaces, ROOT_CAPABILITIES, SandboxSpec, capability_mask};
+use crate::workspace::resolve::{self, ResolveError};
+use crate::workspace::uppers::{SessionUppers, Uppers};
+use execd_init_shim::messages::{IdMap, MountStep, Network, Upper};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Host name inside, as the original has it.
+const HOSTNAME: &str = "sandbox";
+/// Above the daemon's 0, so that the kernel picks a session's processes first.
+const OOM_SCORE_ADJ: i16 = 500;
+/// The control directory holds a run's code and input, each at most one request body, and has room to spare.
+const CONTROL_BODIES: u64 = 3;
+/// Inodes of an ephemeral upper.
+const EPHEMERAL_INODES_MAX: u64 = 1 << 20;
+
+/// What sessions are made from; the same for all of them.
+#[derive(Debug)]
+pub struct Foundation {
+    /// The configuration.
+    pub config: Config,
+    /// The compiled filter.
+    pub filter: Filter,
+    /// Where persistent uppers live; `None` for a tool that needs none.
+    pub uppers: Option<Arc<Uppers>>,
+    /// Whether sandboxes live in cgroup directories.
+    pub has_cgroups: bool,
+}
+
+/// A spec, and what must live as long as its sandbox.
+#[derive(Debug)]
+pub struct Prepared {
+    /// For [`crate::sandbox::launch::Sandbox::launch`].
+    pub spec: SandboxSpec,
+    /// Removed when dropped.
+    pub uppers: Option<SessionUppers>,
+    /// The request with paths as they were resolved, for the answer to "what did I create?".
+    pub effective: SessionOptions,
+}
+
+/// Why a session cannot be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// The request.
+    #[error(transparent)]
+    Invalid(#[from] OptionError),
+    /// A path of the request.
+    #[error("{field}: {error}")]
+    Path {
+        /// The field, as in JSON.
+        field: &'static str,
+        /// What is wrong.
+        error: ResolveError,
+    },
+    /// All uppers together hold as much as they may.
+    #[error("no upper can be allocated: {0}")]
+    Upper(#[source] io::Error),
+}
+
+/// Resolves everything the request names.
+///
+/// # Errors
+/// See [`PrepareError`]; directories made for missing workspaces stay.
+pub fn prepare(
+    foundation: &Foundation,
+    name: &str,
+    options: &SessionOptions,
+) -> Result<Prepared, PrepareError> {
+    options.check()?;
+    let mut effective = options.clone();
+    let binds = resolve_binds(foundation, &mut effective)?;
+    let (uid, gid) = ids(options);
+    let mut uppers = None;
+    let workspaces = resolve_workspaces(foundation, name, options, &mut uppers)?;
+    let cwd = workspaces
+        .first()
+        .map_or_else(|| PathBuf::from("/"), |mount| mount.dest.clone());
+    let layout = Layout {
+        profile: options.profile,
+        workspaces,
+        binds,
+        hidden: foundation
+            .uppers
+            .iter()
+            .map(|uppers| uppers.root().to_path_buf())
+            .collect(),
+        resolver: if options.share_net {
+            resolve::resolver()
+        } else {
+            None
+        },
+        sizes: sizes(&foundation.config),
+    };
+    let mounts = profile::mounts(&layout);
+    check_mount_points(&mounts)?;
+    let spec = SandboxSpec {
+        namespaces: Namespaces {
+            user: (options.uid_mode == UidMode::Userns).then(|| IdMap {
+                inside_uid: uid,
+                outside_uid: own_uid(),
+                inside_gid: gid,
+                outside_gid: own_gid(),
+            }),
+            network: if options.share_net {
+                Network::Shared
+            } else {
+                Network::Loopback
+            },
+            cgroup: foundation.has_cgroups,
+        },
+        mounts,
+        hostname: Some(HOSTNAME.into()),
+        oom_score_adj: OOM_SCORE_ADJ,
+        uid,
+        gid,
+        capabilities: capability_mask(&ROOT_CAPABILITIES),
+        seccomp: foundation.filter.program.clone(),
+        environment: environment::build(std::env::vars_os(), &options.environment, &account(options, &cwd)),
+        cwd,
+        new_session: true,
+    };
+    Ok(Prepared {
+        spec,
+        uppers,
+        effective,
+    })
+}
+
+/// The ids inside; execd's own where the request names none.
+pub fn ids(options: &SessionOptions) -> (u32, u32) {
+    (
+        options.uid.unwrap_or_else(own_uid),
+        options.gid.unwrap_or_else(own_gid),
+    )
+}
+
+fn own_uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+fn own_gid() -> u32 {
+    rustix::process::getegid().as_raw()
+}
+
+fn sizes(config: &Config) -> Sizes {
+    Sizes {
+        tmp_bytes_max: config.sizes.tmp_max_bytes,
+        run_bytes_max: config.sizes.run_max_bytes,
+        shm_bytes_max: config.sizes.shm_max_bytes,
+        control_bytes_max: CONTROL_BODIES * config.http.body_max_bytes as u64,
+    }
+}
+
+fn resolve_binds(
+    foundation: &Foundation,
+    effective: &mut SessionOptions,
+) -> Result<Vec<BindMount>, PrepareError> {
+    let resolve = |field, path: &Path| {
+        resolve::bind_source(path, &foundation.config.allowed_writable)
+            .map_err(|error| PrepareError::Path { field, error })
+    };
+    let mut binds = Vec::new();
+    for path in &mut effective.extra_writable {
+        *path = resolve("extra_writable", path)?;
+        binds.push(BindMount {
+            source: path.clone(),
+            dest: path.clone(),
+            read_only: false,
+        });
+    }
+    for bind in &mut effective.binds {
+        bind.source = resolve("binds.source", &bind.source)?;
+        let bind = bind.clone();
+        binds.push(BindMount {
+            source: bind.source,
+            dest: bind.dest,
+            read_only: bind.read_only,
+        });
+    }
+    Ok(binds)
+}
+
+fn resolve_workspaces(
+    foundation: &Foundation,
+    name: &str,
+    options: &SessionOptions,
+    uppers: &mut Option<SessionUppers>,
+) -> Result<Vec<WorkspaceMount>, PrepareError> {
+    let (uid, gid) = ids(options);
+    let owner = match options.uid_mode {
+        UidMode::Setpriv => Some((uid, gid)),
+        UidMode::Userns => None,
+    };
+    // All paths first: a request that is wrong in its last path should not have allocated for its first.
+    let mut sources = Vec::new();
+    for mount in &options.mounts {
+        let source = resolve::workspace(&mount.path, owner).map_err(|error| PrepareError::Path {
+            field: "workspace.path",
+            error,
+        })?;
+        if foundation
+            .uppers
+            .as_ref()
+            .is_some_and(|uppers| source.starts_with(uppers.root()))
+        {
+            let reason = format!("{} lies inside execd's own upper_root", source.display());
+            return Err(OptionError::new("workspace.path", reason).into());
+        }
+        sources.push(source);
+    }
+    let mut mounts = Vec::new();
+    for (mount, source) in options.mounts.iter().zip(sources) {
+        let access = match mount.mode {
+            MountMode::ReadWrite => Access::ReadWrite,
+            MountMode::ReadOnly => Access::ReadOnly,
+            MountMode::Overlay { persist } => Access::Overlay(
+                upper(foundation, name, persist, &source, uppers).map_err(PrepareError::Upper)?,
+            ),
+        };
+        mounts.push(WorkspaceMount {
+            dest: mount.path.clone(),
+            source,
+            access,
+        });
+    }
+    Ok(mounts)
+}
+
+fn upper(
+    foundation: &Foundation,
+    name: &str,
+    persist: bool,
+    lower: &Path,
+    session: &mut Option<SessionUppers>,
+) -> io::Result<Upper> {
+    match foundation
+        .uppers
+        .as_ref()
+        .filter(|uppers| persist && uppers.usable())
+    {
+        Some(uppers) => {
+            if session.is_none() {
+                *session = Some(uppers.session(name)?);
+            }
+            let Some(session) = session else {
+                return Err(io::Error::other("no upper directory"));
+            };
+            let paths = session.allocate(lower)?;
+            Ok(Upper::Directory {
+                upper: paths.upper,
+                work: paths.work,
+            })
+        }
+        None => Ok(Upper::Tmpfs {
+            bytes_max: foundation.config.sizes.ephemeral_upper_max_bytes,
+            inodes_max: EPHEMERAL_INODES_MAX,
+        }),
+    }
+}
+
+/// The root is read-only, so a bind's destination has to exist, or lie where a mount before it can be written.
+fn check_mount_points(mounts: &[MountStep]) -> Result<(), PrepareError> {
+    let mut writable: Vec<PathBuf> = Vec::new();
+    for step in mounts {
+        match step {
+            MountStep::Bind { dest, read_only, .. } => {
+                if !resolve::is_mount_point(dest, &writable) {
+                    let reason = format!(
+                        "{} does not exist and cannot be made: its place is read-only",
+                        dest.display()
+                    );
+                    return Err(OptionError::new("binds.dest", reason).into());
+                }
+                if !read_only {
+                    writable.push(dest.clone());
+                }
+            }
+            MountStep::Tmpfs { dest, .. } | MountStep::Overlay { dest, .. } => writable.push(dest.clone()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// `HOME` and its kin for a session with an id of its own; execd's would name somebody else's folder.
+fn account(options: &SessionOptions, cwd: &Path) -> Vec<(&'static str, String)> {
+    let Some(uid) = options.uid else { return Vec::new() };
+    // An id without an account is nothing unusual in a container.
+    match nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)) {
+        Ok(Some(user)) => vec![
+            ("HOME", user.dir.display().to_string()),
+            ("USER", user.name.clone()),
+            ("LOGNAME", user.name),
+        ],
+        Ok(None) | Err(_) => vec![("HOME", cwd.display().to_string())],
+    }
+}

@@ -1,0 +1,4 @@
+//! The host directories behind a session's mounts: which may be shown, and where changes go.
+
+pub mod resolve;
+pub mod uppers;
