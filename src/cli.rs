@@ -57,21 +57,10 @@ pub struct ServeArgs {
     #[arg(long, env = "JUPYTER_HOST", hide = true, default_value = "")]
     pub jupyter_host: String,
     /// Accepted for command lines written for the original.
-    #[arg(
-        long,
-        env = "JUPYTER_TOKEN",
-        hide = true,
-        hide_env_values = true,
-        default_value = ""
-    )]
+    #[arg(long, env = "JUPYTER_TOKEN", hide = true, hide_env_values = true, default_value = "")]
     pub jupyter_token: String,
     /// Accepted for command lines written for the original.
-    #[arg(
-        long,
-        env = "EXECD_JUPYTER_IDLE_POLL_INTERVAL",
-        hide = true,
-        default_value = ""
-    )]
+    #[arg(long, env = "EXECD_JUPYTER_IDLE_POLL_INTERVAL", hide = true, default_value = "")]
     pub jupyter_idle_poll_interval: String,
 }
 
@@ -172,10 +161,7 @@ pub fn normalize(args: impl IntoIterator<Item = String>) -> Vec<String> {
     line.push("serve".into());
     // Go's flag package (pkg.go.dev/flag, "Command line flag syntax").
     while let Some(word) = args.next() {
-        let Some(name) = word
-            .strip_prefix('-')
-            .map(|rest| rest.strip_prefix('-').unwrap_or(rest))
-        else {
+        let Some(name) = word.strip_prefix('-').map(|rest| rest.strip_prefix('-').unwrap_or(rest)) else {
             break;
         };
         if name.is_empty() {
@@ -200,9 +186,7 @@ pub fn normalize(args: impl IntoIterator<Item = String>) -> Vec<String> {
 fn duration(text: &str) -> Result<std::time::Duration, String> {
     let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let number: f64 = number
-        .parse()
-        .map_err(|_| format!("{text:?} is no duration such as 200ms"))?;
+    let number: f64 = number.parse().map_err(|_| format!("{text:?} is no duration such as 200ms"))?;
     let seconds = match unit {
         "ms" => number / 1000.0,
         "s" => number,
@@ -218,10 +202,7 @@ mod tests {
 
     fn serve(line: &str) -> ServeArgs {
         let args = normalize(line.split(' ').map(String::from));
-        match Cli::try_parse_from(&args)
-            .unwrap_or_else(|error| panic!("{args:?}: {error}"))
-            .command
-        {
+        match Cli::try_parse_from(&args).unwrap_or_else(|error| panic!("{args:?}: {error}")).command {
             Subcommands::Serve(args) => args,
             other => panic!("{other:?}"),
         }
@@ -241,31 +222,15 @@ mod tests {
         }
         assert_eq!(serve("execd tail -f /dev/null").port, 44772);
         assert_eq!(serve("execd --access-token= --port 2").port, 2);
-        assert_eq!(
-            serve("execd -graceful-shutdown-timeout 2s")
-                .graceful_shutdown_timeout
-                .as_millis(),
-            2000
-        );
+        assert_eq!(serve("execd -graceful-shutdown-timeout 2s").graceful_shutdown_timeout.as_millis(), 2000);
     }
 
     #[test]
     fn other_subcommands_and_mistakes() {
         let parse = |line: &str| Cli::try_parse_from(normalize(line.split(' ').map(String::from)));
-        assert!(matches!(
-            parse("execd run --no-net -- ls -l").unwrap().command,
-            Subcommands::Run(_)
-        ));
-        assert!(matches!(
-            parse("execd probe --json").unwrap().command,
-            Subcommands::Probe(_)
-        ));
-        for bad in [
-            "execd --no-such-flag x",
-            "execd --port x",
-            "execd --port",
-            "execd run",
-        ] {
+        assert!(matches!(parse("execd run --no-net -- ls -l").unwrap().command, Subcommands::Run(_)));
+        assert!(matches!(parse("execd probe --json").unwrap().command, Subcommands::Probe(_)));
+        for bad in ["execd --no-such-flag x", "execd --port x", "execd --port", "execd run"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -54,12 +54,8 @@ pub struct Session {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Sizes {
-    /// /tmp of the strict profile.
-    pub tmp_max_bytes: u64,
-    /// /run.
-    pub run_max_bytes: u64,
-    /// /dev/shm.
-    pub shm_max_bytes: u64,
+    /// /tmp (of the strict profile), /run and /dev/shm together.
+    pub private_max_bytes: u64,
     /// The upper of an overlay with `persist: false`.
     pub ephemeral_upper_max_bytes: u64,
 }
@@ -84,9 +80,7 @@ impl Default for Config {
             upper_root: "/var/lib/execd/isolation".into(),
             upper_max_bytes: 8 << 30,
             diff_max_bytes: 4 << 30,
-            allowed_writable: ["/workspace", "/mnt", "/media", "/data"]
-                .map(PathBuf::from)
-                .to_vec(),
+            allowed_writable: ["/workspace", "/mnt", "/media", "/data"].map(PathBuf::from).to_vec(),
             seccomp: Seccomp::default(),
             session: Session::default(),
             sizes: Sizes::default(),
@@ -109,12 +103,7 @@ impl Default for Session {
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self {
-            tmp_max_bytes: 1 << 30,
-            run_max_bytes: 64 << 20,
-            shm_max_bytes: 256 << 20,
-            ephemeral_upper_max_bytes: 1 << 30,
-        }
+        Self { private_max_bytes: 1 << 30, ephemeral_upper_max_bytes: 1 << 30 }
     }
 }
 
@@ -197,23 +186,14 @@ mod tests {
     #[test]
     fn the_example_file_lists_every_key_with_its_default() {
         let (config, unknown) = Config::load(Path::new(EXAMPLE)).unwrap();
-        assert_eq!(
-            config,
-            Config {
-                seccomp: config.seccomp.clone(),
-                ..Config::default()
-            }
-        );
+        assert_eq!(config, Config { seccomp: config.seccomp.clone(), ..Config::default() });
         assert_eq!(unknown, Vec::<String>::new());
-        let built_in: Vec<&str> = crate::sandbox::seccomp::DENY
-            .iter()
-            .flat_map(|denied| denied.names)
-            .copied()
-            .collect();
+        let built_in: Vec<&str> =
+            crate::sandbox::seccomp::DENY.iter().flat_map(|denied| denied.names).copied().collect();
         assert_eq!(config.seccomp.deny.unwrap(), built_in);
         let text = std::fs::read_to_string(EXAMPLE).unwrap();
         let keys = text.lines().filter(|line| line.contains(" = ")).count();
-        assert_eq!(keys, 18, "a key was added without a line in the example");
+        assert_eq!(keys, 16, "a key was added without a line in the example");
     }
 
     #[test]
@@ -225,17 +205,8 @@ mod tests {
         assert!(matches!(Config::load(&path), Err(ConfigError::Parse(..))));
         std::fs::write(&path, "uper_root = '/x'\n[session]\nsessions_max = 3").unwrap();
         let (config, unknown) = Config::load(&path).unwrap();
-        assert_eq!(
-            (config.session.sessions_max, unknown),
-            (3, vec!["uper_root".to_owned()])
-        );
+        assert_eq!((config.session.sessions_max, unknown), (3, vec!["uper_root".to_owned()]));
         std::fs::write(&path, "upper_root = 'relative'").unwrap();
-        assert!(matches!(
-            Config::load(&path),
-            Err(ConfigError::Value {
-                key: "upper_root",
-                ..
-            })
-        ));
+        assert!(matches!(Config::load(&path), Err(ConfigError::Value { key: "upper_root", .. })));
     }
 }

@@ -6,7 +6,7 @@
 use crate::cli::{RunArgs, RunMode, RunProfile};
 use crate::config::Config;
 use crate::sandbox::environment::Passthrough;
-use crate::sandbox::launch::{Exit, Sandbox};
+use crate::sandbox::launch::{Exit, ProgramStart, Sandbox};
 use crate::sandbox::profile::Profile;
 use crate::sandbox::seccomp;
 use crate::session::options::{Bind, Mount, MountMode, SessionOptions, UidMode};
@@ -36,13 +36,9 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     prepared.spec.new_session = !terminal || prepared.spec.seccomp.is_empty();
     let new_session = prepared.spec.new_session;
     let commands = commands(&args.command, &prepared.spec.environment)?;
-    let sandbox = Sandbox::fork(&proof, prepared.spec)?;
-    let streams = [
-        rustix::stdio::stdin(),
-        rustix::stdio::stdout(),
-        rustix::stdio::stderr(),
-    ];
-    let program = sandbox.start(commands, streams, None::<&OwnedFd>)?;
+    let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
+    let start = ProgramStart { commands, streams, cgroup: None };
+    let (sandbox, program) = Sandbox::fork(&proof, prepared.spec, start)?;
     if args.timings {
         let (clone, mounts, exec) = (sandbox.clone_us, sandbox.assembled_us, program.since_clone_us);
         eprintln!("{{\"clone_us\":{clone},\"assembled_us\":{mounts},\"exec_us\":{exec}}}");
@@ -88,24 +84,13 @@ fn foundation(args: &RunArgs) -> anyhow::Result<Foundation> {
     let (mut config, _) = Config::load(args.isolation_config.as_ref())?;
     // The allow-list guards a daemon's host against its clients; here the caller is the user.
     config.allowed_writable = vec!["/".into()];
-    let filter = config
-        .seccomp
-        .deny
-        .as_deref()
-        .map_or_else(seccomp::builtin, seccomp::from_names);
-    Ok(Foundation {
-        config,
-        filter,
-        uppers: None,
-        has_cgroups: false,
-    })
+    let filter = config.seccomp.deny.as_deref().map_or_else(seccomp::builtin, seccomp::from_names);
+    Ok(Foundation { config, filter, uppers: None, has_cgroups: false })
 }
 
 fn options(args: &RunArgs) -> anyhow::Result<SessionOptions> {
     let workspace = match &args.workspace {
-        Some(path) => path
-            .canonicalize()
-            .with_context(|| format!("{}", path.display()))?,
+        Some(path) => path.canonicalize().with_context(|| format!("{}", path.display()))?,
         None => std::env::current_dir().context("the current folder")?,
     };
     let mode = match args.mode {
@@ -119,25 +104,14 @@ fn options(args: &RunArgs) -> anyhow::Result<SessionOptions> {
             RunProfile::Strict => Profile::Strict,
             RunProfile::Balanced => Profile::Balanced,
         },
-        mounts: vec![Mount {
-            path: workspace,
-            mode,
-        }],
+        mounts: vec![Mount { path: workspace, mode }],
         extra_writable: Vec::new(),
-        binds: args
-            .binds
-            .iter()
-            .map(|spec| bind(spec))
-            .collect::<Result<_, _>>()?,
+        binds: args.binds.iter().map(|spec| bind(spec)).collect::<Result<_, _>>()?,
         share_net: !args.no_net,
         environment: Passthrough::NotSecret,
         uid: args.uid,
         gid: args.gid,
-        uid_mode: if args.userns || unprivileged {
-            UidMode::Userns
-        } else {
-            UidMode::Setpriv
-        },
+        uid_mode: if args.userns || unprivileged { UidMode::Userns } else { UidMode::Setpriv },
         idle_timeout: None,
     })
 }
@@ -150,11 +124,7 @@ fn bind(spec: &str) -> anyhow::Result<Bind> {
         [source, dest, "ro"] => (source, dest, true),
         _ => anyhow::bail!("--bind {spec}: write SOURCE, SOURCE:DEST or SOURCE:DEST:ro"),
     };
-    Ok(Bind {
-        source: source.into(),
-        dest: dest.into(),
-        read_only,
-    })
+    Ok(Bind { source: source.into(), dest: dest.into(), read_only })
 }
 
 /// The places where the command may be, in the order of `PATH`.
@@ -167,19 +137,12 @@ fn commands(words: &[OsString], environment: &[CString]) -> anyhow::Result<Vec<C
     let paths: Vec<PathBuf> = if name.as_bytes().contains(&b'/') {
         vec![name.into()]
     } else {
-        let path = environment
-            .iter()
-            .find_map(|variable| variable.to_bytes().strip_prefix(b"PATH="));
+        let path = environment.iter().find_map(|variable| variable.to_bytes().strip_prefix(b"PATH="));
         let path = std::ffi::OsStr::from_bytes(path.unwrap_or_default());
         std::env::split_paths(path).map(|dir| dir.join(name)).collect()
     };
     paths
         .into_iter()
-        .map(|path| {
-            Ok(Command {
-                path: CString::new(path.into_os_string().into_vec())?,
-                argv: argv.clone(),
-            })
-        })
+        .map(|path| Ok(Command { path: CString::new(path.into_os_string().into_vec())?, argv: argv.clone() }))
         .collect()
 }

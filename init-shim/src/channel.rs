@@ -47,9 +47,7 @@ impl<T> Received<T> {
     /// # Errors
     /// `InvalidData` when the sender attached fewer.
     pub fn fd(&mut self) -> io::Result<OwnedFd> {
-        self.fds
-            .next()
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a descriptor is missing"))
+        self.fds.next().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a descriptor is missing"))
     }
 }
 
@@ -59,12 +57,7 @@ impl Channel {
     /// # Errors
     /// `EMFILE` or `ENFILE`.
     pub fn pair() -> io::Result<(Self, Self)> {
-        let (a, b) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let (a, b) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self(a), Self(b)))
     }
 
@@ -103,12 +96,7 @@ impl Channel {
             return Err(io::Error::other("too many descriptors for one message"));
         }
         rustix::io::retry_on_intr(|| {
-            sendmsg(
-                &self.0,
-                &[IoSlice::new(&packet)],
-                &mut control,
-                SendFlags::NOSIGNAL,
-            )
+            sendmsg(&self.0, &[IoSlice::new(&packet)], &mut control, SendFlags::NOSIGNAL)
         })?;
         Ok(())
     }
@@ -164,22 +152,14 @@ impl Channel {
                 packet.remove(0);
             }
             _ => {
-                let memfd = fds
-                    .next()
-                    .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+                let memfd = fds.next().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                 packet.clear();
-                std::fs::File::from(memfd)
-                    .take(MESSAGE_BYTES_MAX as u64)
-                    .read_to_end(&mut packet)?;
+                std::fs::File::from(memfd).take(MESSAGE_BYTES_MAX as u64).read_to_end(&mut packet)?;
             }
         }
         let (message, rest) = postcard::take_from_bytes(&packet)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        Ok(Some(Received {
-            message,
-            rest: rest.to_vec(),
-            fds,
-        }))
+        Ok(Some(Received { message, rest: rest.to_vec(), fds }))
     }
 }
 

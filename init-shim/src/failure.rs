@@ -18,22 +18,14 @@ pub struct Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.step, self.call)?;
-        if self.errno == 0 {
-            Ok(())
-        } else {
-            write!(f, ": {:?}", nix::errno::Errno::from_raw(self.errno))
-        }
+        if self.errno == 0 { Ok(()) } else { write!(f, ": {:?}", nix::errno::Errno::from_raw(self.errno)) }
     }
 }
 
 impl Failure {
     /// A failed check: no system call is to blame.
     pub fn check(step: impl Into<String>, what: impl Into<String>) -> Self {
-        Self {
-            step: step.into(),
-            call: what.into(),
-            errno: 0,
-        }
+        Self { step: step.into(), call: what.into(), errno: 0 }
     }
 }
 
@@ -46,11 +38,7 @@ pub(crate) struct CallError {
 
 impl CallError {
     pub(crate) fn of(self, step: impl Into<String>) -> Failure {
-        Failure {
-            step: step.into(),
-            call: self.call,
-            errno: self.errno,
-        }
+        Failure { step: step.into(), call: self.call, errno: self.errno }
     }
 
     pub(crate) fn is(&self, errno: rustix::io::Errno) -> bool {
@@ -58,17 +46,11 @@ impl CallError {
     }
 
     pub(crate) fn new(call: impl Into<String>, error: &std::io::Error) -> Self {
-        Self {
-            call: call.into(),
-            errno: error.raw_os_error().unwrap_or(0),
-        }
+        Self { call: call.into(), errno: error.raw_os_error().unwrap_or(0) }
     }
 
     pub(crate) fn what(call: impl Into<String>) -> Self {
-        Self {
-            call: call.into(),
-            errno: 0,
-        }
+        Self { call: call.into(), errno: 0 }
     }
 }
 
@@ -79,19 +61,13 @@ pub(crate) trait Call<T> {
 
 impl<T> Call<T> for rustix::io::Result<T> {
     fn call(self, call: impl FnOnce() -> String) -> Result<T, CallError> {
-        self.map_err(|errno| CallError {
-            call: call(),
-            errno: errno.raw_os_error(),
-        })
+        self.map_err(|errno| CallError { call: call(), errno: errno.raw_os_error() })
     }
 }
 
 impl<T> Call<T> for nix::Result<T> {
     fn call(self, call: impl FnOnce() -> String) -> Result<T, CallError> {
-        self.map_err(|errno| CallError {
-            call: call(),
-            errno: errno as i32,
-        })
+        self.map_err(|errno| CallError { call: call(), errno: errno as i32 })
     }
 }
 
@@ -111,13 +87,7 @@ mod tests {
             .call(|| "move_mount(7, \"/\")".into())
             .map_err(|e| e.of("mount overlay on /workspace"))
             .unwrap_err();
-        assert_eq!(
-            failure.to_string(),
-            "mount overlay on /workspace: move_mount(7, \"/\"): EINVAL"
-        );
-        assert_eq!(
-            Failure::check("bind /x", "is a socket").to_string(),
-            "bind /x: is a socket"
-        );
+        assert_eq!(failure.to_string(), "mount overlay on /workspace: move_mount(7, \"/\"): EINVAL");
+        assert_eq!(Failure::check("bind /x", "is a socket").to_string(), "bind /x: is a socket");
     }
 }

@@ -51,24 +51,14 @@ fn launch(proof: &SingleThreaded, mut request: Received<Launch>) -> (Launched, O
     };
     let cgroup = request.fds.next().filter(|_| request.message.into_cgroup);
     let started = Instant::now();
-    match clone3(
-        proof,
-        namespaces(request.message.user_namespace),
-        cgroup.as_ref().map(AsFd::as_fd),
-    ) {
+    match clone3(proof, namespaces(request.message.user_namespace), cgroup.as_ref().map(AsFd::as_fd)) {
         Ok(Cloned::Child) => {
             pid1::run(proof, channel, &request.rest, started);
             exit_now(0);
         }
         Ok(Cloned::Parent { pid, pidfd }) => {
             let clone_us = started.elapsed().as_micros() as u32;
-            (
-                Launched::Running {
-                    pid: pid.as_raw_pid(),
-                    clone_us,
-                },
-                Some(pidfd),
-            )
+            (Launched::Running { pid: pid.as_raw_pid(), clone_us }, Some(pidfd))
         }
         Err(error) => refuse(CallError::new("clone3(new namespaces)", &error).of(step)),
     }
@@ -78,10 +68,7 @@ fn launch(proof: &SingleThreaded, mut request: Received<Launch>) -> (Launched, O
 /// all others together and must not be paid in this serial process, the second must be made from inside the
 /// session's cgroup.
 pub fn namespaces(user: bool) -> CloneFlags {
-    let all = CloneFlags::NEWNS
-        .union(CloneFlags::NEWPID)
-        .union(CloneFlags::NEWUTS)
-        .union(CloneFlags::NEWIPC);
+    let all = CloneFlags::NEWNS.union(CloneFlags::NEWPID).union(CloneFlags::NEWUTS).union(CloneFlags::NEWIPC);
     if user { all.union(CloneFlags::NEWUSER) } else { all }
 }
 

@@ -112,12 +112,27 @@ pub enum MountStep {
         /// `nr_inodes=`.
         inodes_max: u64,
     },
-    /// A minimal /dev: null zero full random urandom tty, a private devpts and shm.
+    /// One tmpfs for all the private directories of a sandbox, since making a file system costs several times
+    /// what a bind mount does. It is parked on `dest`, which a later step has to cover.
+    Scratch {
+        /// A directory that a later step mounts over, such as /proc.
+        dest: PathBuf,
+        /// `size=`, bytes.
+        bytes_max: u64,
+        /// `nr_inodes=`.
+        inodes_max: u64,
+    },
+    /// An empty directory of the scratch tmpfs, nosuid and nodev.
+    Private {
+        /// Where it appears.
+        dest: PathBuf,
+        /// Mode of the directory.
+        mode: u32,
+    },
+    /// A minimal /dev in the scratch tmpfs: null zero full random urandom tty, a private devpts and shm.
     Dev {
         /// Where it appears.
         dest: PathBuf,
-        /// `size=` of shm, bytes.
-        shm_bytes_max: u64,
     },
     /// A fresh procfs of the sandbox's PID namespace.
     Proc {
@@ -128,7 +143,7 @@ pub enum MountStep {
         /// Entries covered by something empty.
         masked: Vec<String>,
     },
-    /// Covers a path with an empty, unwritable directory or file; a path that does not exist is left alone.
+    /// Covers a path with an empty, unwritable directory (of the scratch tmpfs) or file; a path that does not exist is left alone.
     Mask {
         /// What to cover.
         dest: PathBuf,
@@ -150,7 +165,9 @@ impl MountStep {
             Self::Bind { dest, .. }
             | Self::Overlay { dest, .. }
             | Self::Tmpfs { dest, .. }
-            | Self::Dev { dest, .. }
+            | Self::Scratch { dest, .. }
+            | Self::Private { dest, .. }
+            | Self::Dev { dest }
             | Self::Proc { dest, .. }
             | Self::Mask { dest }
             | Self::Control { dest, .. } => dest,
@@ -210,7 +227,7 @@ pub enum Event {
         id: u32,
         /// Which of [`Program::commands`] it was.
         command: usize,
-        /// From before clone3 of the sandbox to the program's exec; microseconds.
+        /// From before clone3 of the sandbox to the call of execve; microseconds.
         since_clone_us: u32,
     },
     /// A step before the exec failed, or every command did.

@@ -16,8 +16,8 @@ use crate::messages::{MountStep, Upper};
 use execd_sys::{MountAttr, Propagation, mount_setattr};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, PROC_SUPER_MAGIC, ResolveFlags, fstatfs, mkdirat, open, openat,
-    openat2, statat, symlinkat,
+    AtFlags, CWD, Dev, FileType, Mode, OFlags, PROC_SUPER_MAGIC, ResolveFlags, fstatfs, makedev, mkdirat,
+    mknodat, open, openat, openat2, statat, symlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{
@@ -29,24 +29,14 @@ use std::path::{Component, Path, PathBuf};
 
 type Outcome<T> = Result<T, CallError>;
 
-const NOSUID: MountAttr = MountAttr {
-    read_only: false,
-    nosuid: true,
-    nodev: false,
-    noexec: false,
-};
-const NOSUID_NODEV: MountAttr = MountAttr {
-    nodev: true,
-    ..NOSUID
-};
-const NO_ATTR: MountAttr = MountAttr {
-    nosuid: false,
-    ..NOSUID
-};
+const NOSUID: MountAttr = MountAttr { read_only: false, nosuid: true, nodev: false, noexec: false };
+const NOSUID_NODEV: MountAttr = MountAttr { nodev: true, ..NOSUID };
+const NO_ATTR: MountAttr = MountAttr { nosuid: false, ..NOSUID };
 const SELF: &CStr = c"";
 
-/// Device nodes bound into a minimal /dev.
-const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+/// Device nodes of a minimal /dev: name, major, minor (Documentation/admin-guide/devices.txt).
+const DEVICES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
 /// The new root, in place.
 pub(crate) struct Assembled {
@@ -65,32 +55,19 @@ pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, F
     mount_setattr(old.as_fd(), SELF, true, NO_ATTR, Propagation::Private)
         .call(|| "mount_setattr(\"/\", AT_RECURSIVE, MS_PRIVATE)".into())
         .map_err(|e| e.of(step))?;
-    let mut builder = Builder {
-        old,
-        root: None,
-        control: None,
-        empty_dir: None,
-        userns,
-    };
+    let mut builder = Builder { old, root: None, control: None, scratch: None, userns };
     if steps.first().is_none_or(|first| first.dest() != Path::new("/")) {
         let base = tmpfs(0o755, 1 << 20, 1024, NOSUID_NODEV).map_err(|e| e.of(step))?;
-        builder
-            .attach(&base, Path::new("/"), FileType::Directory)
-            .map_err(|e| e.of(step))?;
+        builder.attach(&base, Path::new("/"), FileType::Directory).map_err(|e| e.of(step))?;
     }
     for step in steps {
-        builder
-            .carry_out(step)
-            .map_err(|error| error.of(describe(step)))?;
+        builder.carry_out(step).map_err(|error| error.of(describe(step)))?;
     }
     let Some(root) = builder.root else {
         return Err(Failure::check(step, "nothing is mounted on /"));
     };
     enter(&root).map_err(|e| e.of("enter the new root"))?;
-    Ok(Assembled {
-        root,
-        control: builder.control,
-    })
+    Ok(Assembled { root, control: builder.control })
 }
 
 fn describe(step: &MountStep) -> String {
@@ -99,7 +76,8 @@ fn describe(step: &MountStep) -> String {
         MountStep::Bind { source, .. } if source == step.dest() => format!("bind {dest}"),
         MountStep::Bind { source, .. } => format!("bind {} on {dest}", source.display()),
         MountStep::Overlay { .. } => format!("mount overlay on {dest}"),
-        MountStep::Tmpfs { .. } => format!("mount tmpfs on {dest}"),
+        MountStep::Tmpfs { .. } | MountStep::Scratch { .. } => format!("mount tmpfs on {dest}"),
+        MountStep::Private { .. } => format!("make a private {dest}"),
         MountStep::Dev { .. } => format!("build the devices in {dest}"),
         MountStep::Proc { .. } => format!("mount proc on {dest}"),
         MountStep::Mask { .. } => format!("mask {dest}"),
@@ -120,46 +98,40 @@ struct Builder {
     /// `/` as the sandbox will see it; `None` until the first mount.
     root: Option<OwnedFd>,
     control: Option<OwnedFd>,
-    /// The directory that masked directories show, once there is one.
-    empty_dir: Option<OwnedFd>,
+    /// The tmpfs of the private directories, and how many it has.
+    scratch: Option<(OwnedFd, u32)>,
     userns: bool,
 }
 
 impl Builder {
     fn carry_out(&mut self, step: &MountStep) -> Outcome<()> {
         match step {
-            MountStep::Bind {
-                source,
-                dest,
-                read_only,
-                recursive,
-            } => {
+            MountStep::Bind { source, dest, read_only, recursive } => {
                 let source = self.source(source)?;
                 let kind = file_type(source.as_fd())?;
                 let tree = clone_tree(source.as_fd(), SELF, *recursive)?;
-                let attr = MountAttr {
-                    read_only: *read_only,
-                    ..NOSUID_NODEV
-                };
+                let attr = MountAttr { read_only: *read_only, ..NOSUID_NODEV };
                 set_attr(tree.as_fd(), *recursive, attr)?;
                 self.attach(&tree, dest, kind)
             }
             MountStep::Overlay { lower, upper, dest } => self.overlay(lower, upper, dest),
-            MountStep::Tmpfs {
-                dest,
-                mode,
-                bytes_max,
-                inodes_max,
-            } => {
+            MountStep::Tmpfs { dest, mode, bytes_max, inodes_max } => {
                 let mount = tmpfs(*mode, *bytes_max, *inodes_max, NOSUID_NODEV)?;
                 self.attach(&mount, dest, FileType::Directory)
             }
-            MountStep::Dev { dest, shm_bytes_max } => self.dev(dest, *shm_bytes_max),
-            MountStep::Proc {
-                dest,
-                read_only,
-                masked,
-            } => self.proc(dest, read_only, masked),
+            MountStep::Scratch { dest, bytes_max, inodes_max } => {
+                // Device nodes are made in it; each directory that is shown says nodev for itself.
+                let mount = tmpfs(0o700, *bytes_max, *inodes_max, NOSUID)?;
+                self.attach(&mount, dest, FileType::Directory)?;
+                self.scratch = Some((mount, 0));
+                Ok(())
+            }
+            MountStep::Private { dest, mode } => {
+                let (_, mount) = self.scratch_dir(*mode, NOSUID_NODEV)?;
+                self.attach(&mount, dest, FileType::Directory)
+            }
+            MountStep::Dev { dest } => self.dev(dest),
+            MountStep::Proc { dest, read_only, masked } => self.proc(dest, read_only, masked),
             MountStep::Mask { dest } => self.mask_path(dest),
             MountStep::Control { dest, bytes_max } => self.control(dest, *bytes_max),
         }
@@ -178,9 +150,7 @@ impl Builder {
     }
 
     fn new_root(&self) -> Outcome<&OwnedFd> {
-        self.root
-            .as_ref()
-            .ok_or_else(|| CallError::what("the root is not mounted yet"))
+        self.root.as_ref().ok_or_else(|| CallError::what("the root is not mounted yet"))
     }
 
     fn open_inside(&self, path: &Path) -> Outcome<OwnedFd> {
@@ -212,10 +182,8 @@ impl Builder {
     fn make_mount_point(&self, dest: &Path, kind: FileType) -> Outcome<OwnedFd> {
         let mut parent = self.new_root()?.try_clone().call(|| "dup(root)".into())?;
         let mut walked = PathBuf::from("/");
-        let mut components = dest
-            .components()
-            .filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir))
-            .peekable();
+        let mut components =
+            dest.components().filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir)).peekable();
         while let Some(name) = components.next() {
             walked.push(name);
             let name = name.as_os_str();
@@ -245,10 +213,7 @@ impl Builder {
         let lower = self.source(lower)?;
         let (upper_dir, work_dir) = match upper {
             Upper::Directory { upper, work } => (self.source(upper)?, self.source(work)?),
-            Upper::Tmpfs {
-                bytes_max,
-                inodes_max,
-            } => {
+            Upper::Tmpfs { bytes_max, inodes_max } => {
                 // overlayfs wants its upper mounted in this namespace. The destination itself serves: the
                 // overlay then lies on top and nothing reaches the tmpfs any more.
                 let mount = tmpfs(0o755, *bytes_max, *inodes_max, NOSUID_NODEV)?;
@@ -266,57 +231,37 @@ impl Builder {
     }
 
     fn control(&mut self, dest: &Path, bytes_max: u64) -> Outcome<()> {
-        let mount = tmpfs(
-            0o755,
-            bytes_max,
-            4096,
-            MountAttr {
-                noexec: true,
-                ..NOSUID_NODEV
-            },
-        )?;
+        // Of its own, so that a session that fills its private places can still be given code to run.
+        let mount = tmpfs(0o755, bytes_max, 4096, MountAttr { noexec: true, ..NOSUID_NODEV })?;
         self.attach(&mount, dest, FileType::Directory)?;
         // A second, detached mount of the same tmpfs stays writable for the daemon.
         self.control = Some(clone_tree(mount.as_fd(), SELF, false)?);
-        set_attr(
-            mount.as_fd(),
-            false,
-            MountAttr {
-                read_only: true,
-                ..NO_ATTR
-            },
-        )
+        set_attr(mount.as_fd(), false, MountAttr { read_only: true, ..NO_ATTR })
     }
 
-    fn dev(&mut self, dest: &Path, shm_bytes_max: u64) -> Outcome<()> {
-        let dev = tmpfs(
-            0o755,
-            64 * 1024,
-            64,
-            MountAttr {
-                nodev: false,
-                noexec: true,
-                ..NOSUID_NODEV
-            },
-        )?;
-        self.attach(&dev, dest, FileType::Directory)?;
-        for name in DEVICES {
-            let source = self.source(&Path::new("/dev").join(name))?;
-            if file_type(source.as_fd())? != FileType::CharacterDevice {
-                return Err(CallError::what(format!("/dev/{name} is no character device")));
+    /// A new directory of the scratch tmpfs, and a detached mount of it.
+    fn scratch_dir(&mut self, mode: u32, attr: MountAttr) -> Outcome<(OwnedFd, OwnedFd)> {
+        let Some((scratch, count)) = &mut self.scratch else {
+            return Err(CallError::what("no scratch tmpfs has been mounted"));
+        };
+        let name = count.to_string();
+        *count += 1;
+        mkdirat(&*scratch, name.as_str(), Mode::from(mode)).call(|| "mkdir(private directory)".into())?;
+        let dir = open_beneath(scratch.as_fd(), Path::new(&name))?;
+        let mount = clone_tree(dir.as_fd(), SELF, false)?;
+        set_attr(mount.as_fd(), false, attr)?;
+        Ok((dir, mount))
+    }
+
+    fn dev(&mut self, dest: &Path) -> Outcome<()> {
+        // Nodes are made through the parked mount; what is shown is read-only.
+        let (dev, shown) = self.scratch_dir(0o755, MountAttr { read_only: true, noexec: true, ..NOSUID })?;
+        let (_, shm) = self.scratch_dir(0o1777, NOSUID_NODEV)?;
+        let mut bound = Vec::new();
+        for (name, major, minor) in DEVICES {
+            if let Some(node) = self.device(&dev, name, makedev(major, minor))? {
+                bound.push((name, node));
             }
-            let node = clone_tree(source.as_fd(), SELF, false)?;
-            set_attr(
-                node.as_fd(),
-                false,
-                MountAttr {
-                    noexec: true,
-                    ..NOSUID
-                },
-            )?;
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-            let target = openat(&dev, name, flags, Mode::from(0o666)).call(|| format!("open(dev/{name})"))?;
-            attach_to(node.as_fd(), target.as_fd())?;
         }
         for (name, target) in [
             ("fd", "/proc/self/fd"),
@@ -331,27 +276,35 @@ impl Builder {
         for (key, value) in [("ptmxmode", "666"), ("mode", "620")] {
             fsconfig_set_string(&pts, key, value).call(|| format!("fsconfig(devpts, {key}={value})"))?;
         }
-        let pts = create_mount(
-            &pts,
-            "devpts",
-            MountAttr {
-                noexec: true,
-                ..NOSUID
-            },
-        )?;
-        let shm = tmpfs(0o1777, shm_bytes_max, 0, NOSUID_NODEV)?;
-        for (name, mount) in [("pts", &pts), ("shm", &shm)] {
+        let pts = create_mount(&pts, "devpts", MountAttr { noexec: true, ..NOSUID })?;
+        for name in ["pts", "shm"] {
             mkdirat(&dev, name, Mode::from(0o755)).call(|| format!("mkdir(dev/{name})"))?;
-            attach_to(mount.as_fd(), open_beneath(dev.as_fd(), Path::new(name))?.as_fd())?;
         }
-        set_attr(
-            dev.as_fd(),
-            false,
-            MountAttr {
-                read_only: true,
-                ..NO_ATTR
-            },
-        )
+        self.attach(&shown, dest, FileType::Directory)?;
+        self.attach(&pts, &dest.join("pts"), FileType::Directory)?;
+        self.attach(&shm, &dest.join("shm"), FileType::Directory)?;
+        for (name, node) in bound {
+            self.attach(&node, &dest.join(name), FileType::CharacterDevice)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a node where that is permitted. Without CAP_MKNOD, in a user namespace, or under a device cgroup
+    /// that refuses, makes an empty file and returns a mount of the host's node for it.
+    fn device(&self, dev: &OwnedFd, name: &str, number: Dev) -> Outcome<Option<OwnedFd>> {
+        if !self.userns && mknodat(dev, name, FileType::CharacterDevice, Mode::from(0o666), number).is_ok() {
+            return Ok(None);
+        }
+        let source = self.source(&Path::new("/dev").join(name))?;
+        let stat = rustix::fs::fstat(&source).call(|| format!("fstat(/dev/{name})"))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice || stat.st_rdev != number {
+            return Err(CallError::what(format!("/dev/{name} is not the device of that name")));
+        }
+        let node = clone_tree(source.as_fd(), SELF, false)?;
+        set_attr(node.as_fd(), false, MountAttr { noexec: true, ..NOSUID })?;
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        openat(dev, name, flags, Mode::from(0o666)).call(|| format!("open(dev/{name}, O_CREAT)"))?;
+        Ok(Some(node))
     }
 
     fn proc(&mut self, dest: &Path, read_only: &[String], masked: &[String]) -> Outcome<()> {
@@ -363,14 +316,7 @@ impl Builder {
             // Members of this group are exempt, and by default it is group 0; nobody is in the last one.
             let _ = fsconfig_set_string(&context, "gid", "4294967294");
         }
-        let proc = create_mount(
-            &context,
-            "proc",
-            MountAttr {
-                noexec: true,
-                ..NOSUID_NODEV
-            },
-        )?;
+        let proc = create_mount(&context, "proc", MountAttr { noexec: true, ..NOSUID_NODEV })?;
         self.attach(&proc, dest, FileType::Directory)?;
         if self.userns {
             // No nesting: the limit of this namespace, which nothing inside may write any more (the entries
@@ -385,14 +331,7 @@ impl Builder {
                 continue;
             };
             let mount = clone_tree(target.as_fd(), SELF, false)?;
-            set_attr(
-                mount.as_fd(),
-                false,
-                MountAttr {
-                    read_only: true,
-                    ..NO_ATTR
-                },
-            )?;
+            set_attr(mount.as_fd(), false, MountAttr { read_only: true, ..NO_ATTR })?;
             attach_to(mount.as_fd(), target.as_fd())?;
         }
         for name in masked {
@@ -411,24 +350,15 @@ impl Builder {
     }
 
     fn mask(&mut self, target: &OwnedFd) -> Outcome<()> {
-        let nothing = MountAttr {
-            read_only: true,
-            noexec: true,
-            ..NOSUID_NODEV
-        };
+        let nothing = MountAttr { read_only: true, noexec: true, ..NOSUID_NODEV };
         if file_type(target.as_fd())? != FileType::Directory {
             // nodev makes the null device unopenable, so the path can neither be read nor written.
             let null = clone_tree(self.source(Path::new("/dev/null"))?.as_fd(), SELF, false)?;
             set_attr(null.as_fd(), false, nothing)?;
             return attach_to(null.as_fd(), target.as_fd());
         }
-        if let Some(empty) = &self.empty_dir {
-            return attach_to(clone_tree(empty.as_fd(), SELF, false)?.as_fd(), target.as_fd());
-        }
-        let empty = tmpfs(0o555, 4096, 2, nothing)?;
-        attach_to(empty.as_fd(), target.as_fd())?;
-        self.empty_dir = Some(empty);
-        Ok(())
+        let (_, empty) = self.scratch_dir(0o555, nothing)?;
+        attach_to(empty.as_fd(), target.as_fd())
     }
 }
 
@@ -446,12 +376,7 @@ fn open_beneath(root: BorrowedFd<'_>, path: &Path) -> Outcome<OwnedFd> {
 
 /// An entry of our own procfs, checked to be one; `None` when this kernel has none of that name.
 fn proc_entry(proc: &OwnedFd, name: &str) -> Outcome<Option<OwnedFd>> {
-    let entry = openat(
-        proc,
-        name,
-        OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-        Mode::empty(),
-    );
+    let entry = openat(proc, name, OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty());
     let entry = match entry {
         Err(Errno::NOENT) => return Ok(None),
         other => other.call(|| format!("open(proc/{name})"))?,
@@ -474,12 +399,8 @@ fn overlay_mount(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd, userns: bool)
     }
     // An upper that needs nothing but itself to be read back. `nofollow`, because `off` still follows a
     // redirect that a hostile upper contains on many kernels (overlayfs.rst).
-    for (key, value) in [
-        ("redirect_dir", "nofollow"),
-        ("metacopy", "off"),
-        ("index", "off"),
-        ("xino", "off"),
-    ] {
+    for (key, value) in [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off"), ("xino", "off")]
+    {
         fsconfig_set_string(&context, key, value).call(|| format!("fsconfig(overlay, {key}={value})"))?;
     }
     if userns {
@@ -555,11 +476,6 @@ fn copy_ownership(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Outcome<()> {
     }
     // fchmod refuses O_PATH descriptors; the path through procfs names the same directory.
     let path = format!("/proc/self/fd/{}", to.as_raw_fd());
-    chmodat(
-        CWD,
-        path,
-        Mode::from_raw_mode(stat.st_mode & 0o7777),
-        AtFlags::empty(),
-    )
-    .call(|| "fchmodat(upper)".into())
+    chmodat(CWD, path, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())
+        .call(|| "fchmodat(upper)".into())
 }

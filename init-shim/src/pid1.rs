@@ -32,9 +32,7 @@ use std::time::Instant;
 /// Runs as PID 1 until the daemon is gone. `plan` is an encoded [`Plan`]; `cloned_at` was taken before the
 /// clone. Never returns to the caller's stack in a useful way: the caller must exit.
 pub fn run(proof: &SingleThreaded, channel: Channel, plan: &[u8], cloned_at: Instant) {
-    let Some(channel) = keep_only(channel) else {
-        exit_now(1)
-    };
+    let Some(channel) = keep_only(channel) else { exit_now(1) };
     match set_up(&channel, plan, cloned_at) {
         Ok(child_signal) => serve(proof, &channel, &child_signal, cloned_at),
         Err(failure) => {
@@ -58,23 +56,20 @@ fn set_up(channel: &Channel, plan: &[u8], cloned_at: Instant) -> Result<OwnedFd,
     let plan: Plan =
         postcard::from_bytes(plan).map_err(|e| Failure::check("read the plan", e.to_string()))?;
     execd_sys::reset_signals();
+    // Modes of what the plan makes are exactly those it names.
+    rustix::process::umask(Mode::empty());
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .call(|| "prctl(PR_SET_PDEATHSIG)".into())
         .map_err(|e| e.of("tie init to the launcher"))?;
-    let child_signal = execd_sys::block_child_signal()
-        .call(|| "signalfd".into())
-        .map_err(|e| e.of("watch for children"))?;
+    let child_signal =
+        execd_sys::block_child_signal().call(|| "signalfd".into()).map_err(|e| e.of("watch for children"))?;
     if let Some(map) = &plan.id_map {
         write_id_map(map)?;
     }
     isolate(&plan)?;
-    let mount_namespace = open(
-        "/proc/self/ns/mnt",
-        OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .call(|| "open(/proc/self/ns/mnt)".into())
-    .map_err(|e| e.of("hold the mount namespace"))?;
+    let mount_namespace = open("/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .call(|| "open(/proc/self/ns/mnt)".into())
+        .map_err(|e| e.of("hold the mount namespace"))?;
     let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
@@ -143,10 +138,7 @@ fn make_network() -> Result<(), crate::failure::CallError> {
 fn serve(proof: &SingleThreaded, channel: &Channel, child_signal: &OwnedFd, cloned_at: Instant) {
     let mut programs = HashMap::new();
     loop {
-        let mut fds = [
-            PollFd::new(channel, PollFlags::IN),
-            PollFd::new(child_signal, PollFlags::IN),
-        ];
+        let mut fds = [PollFd::new(channel, PollFlags::IN), PollFd::new(child_signal, PollFlags::IN)];
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(_) => return,
@@ -160,16 +152,12 @@ fn serve(proof: &SingleThreaded, channel: &Channel, child_signal: &OwnedFd, clon
         if requests {
             match channel.recv::<Request>() {
                 Ok(Some(request)) => {
-                    let Request::Start {
-                        id,
-                        program,
-                        into_cgroup,
-                    } = request.message;
-                    let outcome = start(proof, &program, request.fds, into_cgroup);
+                    let Request::Start { id, program, into_cgroup } = request.message;
+                    let outcome = start(proof, &program, request.fds, into_cgroup, cloned_at);
                     if let Ok(started) = &outcome {
                         programs.insert(started.pid, id);
                     }
-                    announce(channel, id, outcome, cloned_at);
+                    announce(channel, id, outcome);
                 }
                 Ok(None) | Err(_) => return,
             }
@@ -182,33 +170,21 @@ fn start(
     program: &crate::messages::Program,
     mut fds: std::vec::IntoIter<OwnedFd>,
     into_cgroup: bool,
+    cloned_at: Instant,
 ) -> Result<program::Started, Failure> {
     let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
-        return Err(Failure::check(
-            "start a program",
-            "the request has no standard streams",
-        ));
+        return Err(Failure::check("start a program", "the request has no standard streams"));
     };
     let cgroup = fds.next().filter(|_| into_cgroup);
-    program::start(
-        proof,
-        program,
-        &[stdin, stdout, stderr],
-        cgroup.as_ref().map(AsFd::as_fd),
-    )
+    program::start(proof, program, &[stdin, stdout, stderr], cgroup.as_ref().map(AsFd::as_fd), cloned_at)
 }
 
-fn announce(channel: &Channel, id: u32, outcome: Result<program::Started, Failure>, cloned_at: Instant) {
-    let since_clone_us = cloned_at.elapsed().as_micros() as u32;
+fn announce(channel: &Channel, id: u32, outcome: Result<program::Started, Failure>) {
     let (event, pidfd) = match outcome {
-        Ok(started) => (
-            Event::Started {
-                id,
-                command: started.command,
-                since_clone_us,
-            },
-            Some(started.pidfd),
-        ),
+        Ok(started) => {
+            let program::Exec { command, since_clone_us } = started.exec;
+            (Event::Started { id, command, since_clone_us }, Some(started.pidfd))
+        }
         Err(failure) => (Event::NotStarted { id, failure }, None),
     };
     let fds: Vec<BorrowedFd<'_>> = pidfd.iter().map(AsFd::as_fd).collect();

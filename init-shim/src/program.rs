@@ -20,15 +20,26 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Resource, Rlimit, setrlimit, setsid};
 use seccompiler::sock_filter;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
+use std::time::Instant;
 
 /// A program that has been executed.
 pub(crate) struct Started {
     pub(crate) pid: Pid,
     pub(crate) pidfd: OwnedFd,
-    /// Which of the commands it was.
+    /// Which of the commands it was, and when it was executed.
+    pub(crate) exec: Exec,
+}
+
+/// The moment before execve(2).
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Exec {
+    /// Which of the commands.
     pub(crate) command: usize,
+    /// From before the sandbox's clone; microseconds.
+    pub(crate) since_clone_us: u32,
 }
 
 /// The three standard streams.
@@ -40,53 +51,54 @@ pub(crate) fn start(
     program: &Program,
     streams: &Streams,
     cgroup: Option<BorrowedFd<'_>>,
+    cloned_at: Instant,
 ) -> Result<Started, Failure> {
     let step = "fork the program";
-    let (report_read, report_write) = pipe_with(PipeFlags::CLOEXEC)
-        .call(|| "pipe2".into())
-        .map_err(|e| e.of(step))?;
+    let (report_read, report_write) =
+        pipe_with(PipeFlags::CLOEXEC).call(|| "pipe2".into()).map_err(|e| e.of(step))?;
     let cloned = clone3(proof, CloneFlags::empty(), cgroup);
     match cloned.call(|| "clone3".into()).map_err(|e| e.of(step))? {
         Cloned::Child => {
-            let mut report = Report(report_write);
+            let mut report = Report { pipe: report_write, cloned_at };
             let failure = become_program(program, streams, &mut report);
             report.write(&Err(failure));
             exit_now(127);
         }
         Cloned::Parent { pid, pidfd } => {
             drop(report_write);
-            let command = read_report(report_read)?;
-            Ok(Started { pid, pidfd, command })
+            let exec = read_report(report_read)?;
+            Ok(Started { pid, pidfd, exec })
         }
     }
 }
 
 /// The write end of a close-on-exec pipe: the last thing written before it closes is the outcome.
-struct Report(OwnedFd);
+struct Report {
+    pipe: OwnedFd,
+    cloned_at: Instant,
+}
 
 impl Report {
-    /// Says which command is about to be executed, or what failed. Nobody is left to tell if the pipe breaks.
-    fn write(&mut self, outcome: &Result<usize, Failure>) {
-        let Ok(bytes) = postcard::to_stdvec(outcome) else {
-            return;
-        };
-        let Ok(fd) = self.0.try_clone() else { return };
-        let _ = File::from(fd).write_all(&bytes);
+    /// Says which command is about to be executed.
+    fn executing(&mut self, command: usize) {
+        let since_clone_us = self.cloned_at.elapsed().as_micros() as u32;
+        self.write(&Ok(Exec { command, since_clone_us }));
+    }
+
+    /// Nobody is left to tell if the pipe breaks.
+    fn write(&mut self, outcome: &Result<Exec, Failure>) {
+        if let Ok(bytes) = postcard::to_stdvec(outcome) {
+            let _ = rustix::io::write(&self.pipe, &bytes);
+        }
     }
 }
 
-fn read_report(pipe: OwnedFd) -> Result<usize, Failure> {
+fn read_report(pipe: OwnedFd) -> Result<Exec, Failure> {
     let mut bytes = Vec::new();
-    File::from(pipe)
-        .read_to_end(&mut bytes)
-        .call(|| "read(report)".into())
-        .map_err(|e| e.of("exec"))?;
-    let mut last = Err(Failure::check(
-        "exec",
-        "the program's process died before it was executed",
-    ));
+    File::from(pipe).read_to_end(&mut bytes).call(|| "read(report)".into()).map_err(|e| e.of("exec"))?;
+    let mut last = Err(Failure::check("exec", "the program's process died before it was executed"));
     let mut rest = bytes.as_slice();
-    while let Ok((outcome, after)) = postcard::take_from_bytes::<Result<usize, Failure>>(rest) {
+    while let Ok((outcome, after)) = postcard::take_from_bytes::<Result<Exec, Failure>>(rest) {
         last = outcome;
         rest = after;
     }
@@ -98,7 +110,7 @@ fn become_program(program: &Program, streams: &Streams, report: &mut Report) -> 
     match prepare(program, streams, report) {
         Err(failure) => failure,
         Ok(()) if program.commands.is_empty() => {
-            report.write(&Ok(0));
+            report.executing(0);
             exit_now(0)
         }
         Ok(()) => execute(program, report),
@@ -120,8 +132,8 @@ fn move_descriptors(streams: &Streams, report: &mut Report) -> Result<(), CallEr
     for (number, fd) in (0..).zip(streams) {
         execd_sys::redirect(fd.as_fd(), number).call(|| format!("dup2({number})"))?;
     }
-    execd_sys::redirect(report.0.as_fd(), 3).call(|| "dup2(3)".into())?;
-    report.0 = execd_sys::adopt(3).call(|| "fcntl(3, F_SETFD, FD_CLOEXEC)".into())?;
+    execd_sys::redirect(report.pipe.as_fd(), 3).call(|| "dup2(3)".into())?;
+    report.pipe = execd_sys::adopt(3).call(|| "fcntl(3, F_SETFD, FD_CLOEXEC)".into())?;
     execd_sys::close_range_from(4).call(|| "close_range(4, ~0)".into())
 }
 
@@ -130,14 +142,8 @@ fn enter_session(program: &Program) -> Result<(), CallError> {
         setsid().call(|| "setsid".into())?;
     }
     rustix::process::umask(rustix::fs::Mode::from(0o022));
-    setrlimit(
-        Resource::Core,
-        Rlimit {
-            current: Some(0),
-            maximum: Some(0),
-        },
-    )
-    .call(|| "setrlimit(RLIMIT_CORE, 0)".into())?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
+        .call(|| "setrlimit(RLIMIT_CORE, 0)".into())?;
     rustix::process::chdir(&program.cwd).call(|| format!("chdir({:?})", program.cwd))
 }
 
@@ -176,10 +182,7 @@ fn kept_capabilities(program: &Program) -> CapsHashSet {
     if program.identity.uid != 0 {
         return CapsHashSet::new();
     }
-    caps::all()
-        .into_iter()
-        .filter(|c: &Capability| program.capabilities & c.bitmask() != 0)
-        .collect()
+    caps::all().into_iter().filter(|c: &Capability| program.capabilities & c.bitmask() != 0).collect()
 }
 
 fn lock_down(program: &Program) -> Result<(), CallError> {
@@ -187,37 +190,27 @@ fn lock_down(program: &Program) -> Result<(), CallError> {
     if program.seccomp.is_empty() {
         return Ok(());
     }
-    let filter: Vec<sock_filter> = program
-        .seccomp
-        .iter()
-        .map(|i| sock_filter {
-            code: i.code,
-            jt: i.jt,
-            jf: i.jf,
-            k: i.k,
-        })
-        .collect();
+    let filter: Vec<sock_filter> =
+        program.seccomp.iter().map(|i| sock_filter { code: i.code, jt: i.jt, jf: i.jf, k: i.k }).collect();
     seccompiler::apply_filter(&filter).map_err(|error| CallError::what(format!("seccomp: {error}")))
 }
 
 fn execute(program: &Program, report: &mut Report) -> Failure {
     let mut worst = Errno::ENOENT;
-    let mut tried = Vec::new();
     for (index, command) in program.commands.iter().enumerate() {
-        report.write(&Ok(index));
-        let errno = match nix::unistd::execve(&command.path, &command.argv, &program.environment) {
-            Ok(never) => match never {},
-            Err(errno) => errno,
-        };
-        // "Not found" in one place says less than any other reason does.
-        if errno != Errno::ENOENT {
-            worst = errno;
+        // What is not there need not be tried, and then the report usually has one entry.
+        if rustix::fs::access(&command.path, rustix::fs::Access::EXISTS) == Err(rustix::io::Errno::NOENT) {
+            continue;
         }
-        tried.push(command.path.to_string_lossy());
+        report.executing(index);
+        match nix::unistd::execve(&command.path, &command.argv, &program.environment) {
+            Ok(never) => match never {},
+            // "Not found" in one place says less than any other reason does.
+            Err(Errno::ENOENT) => {}
+            Err(errno) => worst = errno,
+        }
     }
-    Failure {
-        step: "exec".into(),
-        call: format!("execve({})", tried.join(", ")),
-        errno: worst as i32,
-    }
+    let name = program.commands.iter().find_map(|command| command.argv.first());
+    let name = name.map(|name| name.to_string_lossy()).unwrap_or_default();
+    Failure { step: format!("execute {name}"), call: "execve".into(), errno: worst as i32 }
 }

@@ -71,11 +71,7 @@ impl Drop for CgroupTree {
 impl Cgroup {
     fn create(parent: &OwnedFd, name: &str) -> io::Result<Self> {
         let dir = make_dir(parent, name)?;
-        Ok(Self {
-            parent: parent.try_clone()?,
-            dir,
-            name: name.to_owned(),
-        })
+        Ok(Self { parent: parent.try_clone()?, dir, name: name.to_owned() })
     }
 
     /// A leaf below this directory.
@@ -156,10 +152,7 @@ fn own_cgroup() -> Result<OwnedFd, String> {
     let detached = detached_mount();
     let (root, path) = match &detached {
         Ok(mount) => (mount.as_fd(), path.trim_start_matches('/').to_owned()),
-        Err(errno) => (
-            CWD,
-            attached_path(path).ok_or_else(|| format!("mount cgroup2: {errno}"))?,
-        ),
+        Err(errno) => (CWD, attached_path(path).ok_or_else(|| format!("mount cgroup2: {errno}"))?),
     };
     let path = if path.is_empty() { "." } else { &path };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -169,23 +162,16 @@ fn own_cgroup() -> Result<OwnedFd, String> {
 fn detached_mount() -> Result<OwnedFd, Errno> {
     let context = fsopen("cgroup2", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(&context)?;
-    fsmount(
-        &context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::MOUNT_ATTR_NOSUID,
-    )
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NOSUID)
 }
 
 /// Where `path` of the hierarchy is found under a cgroup2 mount that exists already.
 fn attached_path(path: &str) -> Option<String> {
     let mounts = procfs::process::Process::myself().ok()?.mountinfo().ok()?;
-    mounts
-        .into_iter()
-        .filter(|mount| mount.fs_type == "cgroup2")
-        .find_map(|mount| {
-            let below = path.strip_prefix(mount.root.trim_end_matches('/'))?;
-            Some(format!("{}{below}", mount.mount_point.display()))
-        })
+    mounts.into_iter().filter(|mount| mount.fs_type == "cgroup2").find_map(|mount| {
+        let below = path.strip_prefix(mount.root.trim_end_matches('/'))?;
+        Some(format!("{}{below}", mount.mount_point.display()))
+    })
 }
 
 fn make_dir(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
@@ -204,10 +190,7 @@ fn open_dir(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
 
 /// Removes what earlier instances left: their lock is free once they are dead.
 fn sweep(parent: &OwnedFd) {
-    for name in subdirectories(parent)
-        .into_iter()
-        .filter(|name| name.starts_with(INSTANCE_PREFIX))
-    {
+    for name in subdirectories(parent).into_iter().filter(|name| name.starts_with(INSTANCE_PREFIX)) {
         let Ok(dir) = open_dir(parent, &name) else {
             continue;
         };

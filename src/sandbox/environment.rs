@@ -32,16 +32,8 @@ const OWN: [&str; 8] = [
 ];
 /// What bash would act on before or beside the session's code (bash(1), INVOCATION and Shell Variables), and
 /// what would be wrong inside.
-const SHELL: [&str; 8] = [
-    "BASH_ENV",
-    "ENV",
-    "SHELLOPTS",
-    "BASHOPTS",
-    "PS4",
-    "PROMPT_COMMAND",
-    "PWD",
-    "OLDPWD",
-];
+const SHELL: [&str; 8] =
+    ["BASH_ENV", "ENV", "SHELLOPTS", "BASHOPTS", "PS4", "PROMPT_COMMAND", "PWD", "OLDPWD"];
 /// Name endings and beginnings that mean a secret; compared without case.
 const SECRET_ENDINGS: [&str; 4] = ["_API_KEY", "_TOKEN", "_SECRET", "_PASSWORD"];
 const SECRET_BEGINNINGS: [&str; 5] = ["AWS_", "ALI_", "ALIYUN_", "K8S_", "KUBE_"];
@@ -64,11 +56,7 @@ pub fn build(
         has_path |= name == "PATH";
         kept.extend(variable(name.as_bytes(), value.as_bytes()));
     }
-    kept.extend(
-        overrides
-            .iter()
-            .filter_map(|(name, value)| variable(name.as_bytes(), value.as_bytes())),
-    );
+    kept.extend(overrides.iter().filter_map(|(name, value)| variable(name.as_bytes(), value.as_bytes())));
     if !has_path && !overrides.iter().any(|(name, _)| *name == "PATH") {
         kept.extend(variable(b"PATH", DEFAULT_PATH.as_bytes()));
     }
@@ -102,14 +90,9 @@ mod tests {
     use super::*;
 
     fn names(passthrough: &Passthrough, variables: &[&str]) -> Vec<String> {
-        let variables = variables
-            .iter()
-            .map(|name| (OsString::from(name), OsString::from("v")));
+        let variables = variables.iter().map(|name| (OsString::from(name), OsString::from("v")));
         let built = build(variables, passthrough, &[("HOME", "/h".into())]);
-        built
-            .iter()
-            .map(|v| v.to_str().unwrap().split('=').next().unwrap().to_owned())
-            .collect()
+        built.iter().map(|v| v.to_str().unwrap().split('=').next().unwrap().to_owned()).collect()
     }
 
     #[test]
@@ -126,18 +109,12 @@ mod tests {
         ];
         assert_eq!(names(&Passthrough::NotSecret, &all), ["PATH", "LANG", "HOME"]);
         // Denying one more name does not switch the patterns off.
-        assert_eq!(
-            names(&Passthrough::Deny(vec!["LANG".into()]), &all),
-            ["PATH", "HOME"]
-        );
+        assert_eq!(names(&Passthrough::Deny(vec!["LANG".into()]), &all), ["PATH", "HOME"]);
     }
 
     #[test]
     fn allow_passes_only_what_is_listed_and_keeps_a_path() {
         let allow = Passthrough::Allow(vec!["X_TOKEN".into(), "EXECD_ACCESS_TOKEN".into()]);
-        assert_eq!(
-            names(&allow, &["X_TOKEN", "EXECD_ACCESS_TOKEN", "LANG"]),
-            ["X_TOKEN", "HOME", "PATH"]
-        );
+        assert_eq!(names(&allow, &["X_TOKEN", "EXECD_ACCESS_TOKEN", "LANG"]), ["X_TOKEN", "HOME", "PATH"]);
     }
 }

@@ -15,7 +15,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::Signal;
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long init may take for its mounts, or for one program; a hung network file system below a workspace
@@ -26,7 +26,7 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     /// A set-up step failed; the text names it.
-    #[error("{0}")]
+    #[error(transparent)]
     Step(#[from] Failure),
     /// The launcher died.
     #[error("the launcher is gone")]
@@ -111,8 +111,19 @@ pub struct Started {
     pub pidfd: OwnedFd,
     /// Which of the commands it was.
     pub command: usize,
-    /// From before the sandbox's clone to the program's exec; microseconds.
+    /// From before the sandbox's clone to the call of execve; microseconds.
     pub since_clone_us: u32,
+}
+
+/// A program to start, with nothing else open than these streams.
+#[derive(Debug)]
+pub struct ProgramStart<'a> {
+    /// Tried in order until one exists.
+    pub commands: Vec<Command>,
+    /// Standard input, output and error.
+    pub streams: [BorrowedFd<'a>; 3],
+    /// The cgroup it is born in.
+    pub cgroup: Option<BorrowedFd<'a>>,
 }
 
 /// What [`Sandbox::next_exit`] found.
@@ -127,24 +138,30 @@ pub enum Exit {
 }
 
 impl Sandbox {
-    /// Has the launcher fork an init, inside `cgroup` if given, and waits until its mounts are in place.
+    /// Has the launcher fork an init, inside `cgroup` if given, and starts the first program as soon as its
+    /// mounts are in place.
     ///
     /// # Errors
     /// The step that failed; nothing is left behind then.
     pub fn launch(
         launcher: &Launcher,
         spec: SandboxSpec,
-        cgroup: Option<&impl AsFd>,
-    ) -> Result<Self, LaunchError> {
+        cgroup: Option<BorrowedFd<'_>>,
+        first: ProgramStart<'_>,
+    ) -> Result<(Self, Started), LaunchError> {
         let forked = launcher.fork(&plan(&spec), cgroup)?;
-        Self::assembled(forked, spec)
+        Self::assembled(forked, spec, first)
     }
 
     /// Forks the init from this very process, which must have one thread: what a command line tool does.
     ///
     /// # Errors
     /// As [`Sandbox::launch`].
-    pub fn fork(proof: &SingleThreaded, spec: SandboxSpec) -> Result<Self, LaunchError> {
+    pub fn fork(
+        proof: &SingleThreaded,
+        spec: SandboxSpec,
+        first: ProgramStart<'_>,
+    ) -> Result<(Self, Started), LaunchError> {
         let plan = plan(&spec);
         let plan_bytes = postcard::to_stdvec(&plan).map_err(io::Error::other)?;
         let (ours, theirs) = Channel::pair()?;
@@ -157,15 +174,7 @@ impl Sandbox {
             }
             Ok(Cloned::Parent { pid, pidfd }) => {
                 let clone_us = started.elapsed().as_micros() as u32;
-                Self::assembled(
-                    Forked {
-                        channel: ours,
-                        pidfd,
-                        pid: pid.as_raw_pid(),
-                        clone_us,
-                    },
-                    spec,
-                )
+                Self::assembled(Forked { channel: ours, pidfd, pid: pid.as_raw_pid(), clone_us }, spec, first)
             }
             Err(error) => Err(Failure {
                 step: "fork the sandbox's init".into(),
@@ -176,43 +185,30 @@ impl Sandbox {
         }
     }
 
-    fn assembled(forked: Forked, spec: SandboxSpec) -> Result<Self, LaunchError> {
-        let Forked {
-            channel,
-            pidfd,
-            pid,
-            clone_us,
-        } = forked;
-        set_socket_timeout(&channel, Timeout::Recv, Some(ANSWER_WAIT_MAX)).map_err(io::Error::from)?;
+    fn assembled(
+        forked: Forked,
+        spec: SandboxSpec,
+        first: ProgramStart<'_>,
+    ) -> Result<(Self, Started), LaunchError> {
+        let Forked { channel, pidfd, pid, clone_us } = forked;
         // Until the sandbox exists as a value, this guard is what ends a half-built one.
         let guard = KillOnDrop(&pidfd);
+        set_socket_timeout(&channel, Timeout::Recv, Some(ANSWER_WAIT_MAX)).map_err(io::Error::from)?;
+        // The request waits in init's queue while it mounts, which saves a turn over the sockets.
+        request_start(&channel, &spec, FIRST_PROGRAM, first)?;
         let mut answer = channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
         let (has_control, assembled_us) = match answer.message {
-            Event::Assembled {
-                has_control,
-                since_clone_us,
-            } => (has_control, since_clone_us),
+            Event::Assembled { has_control, since_clone_us } => (has_control, since_clone_us),
             Event::Failed(failure) => return Err(failure.into()),
             _ => return Err(LaunchError::InitLost),
         };
-        let view = View {
-            root: answer.fd()?,
-            mount_namespace: answer.fd()?,
-        };
+        let view = View { root: answer.fd()?, mount_namespace: answer.fd()? };
         let control = if has_control { Some(answer.fd()?) } else { None };
         std::mem::forget(guard);
-        let state = Mutex::default();
-        Ok(Self {
-            spec,
-            channel,
-            pidfd,
-            pid,
-            view,
-            control,
-            clone_us,
-            assembled_us,
-            state,
-        })
+        let state = Mutex::new(State { programs: FIRST_PROGRAM, exits: VecDeque::new() });
+        let sandbox = Self { spec, channel, pidfd, pid, view, control, clone_us, assembled_us, state };
+        let started = sandbox.await_start(&mut sandbox.state(), FIRST_PROGRAM)?;
+        Ok((sandbox, started))
     }
 
     /// The spec it was launched with.
@@ -220,42 +216,24 @@ impl Sandbox {
         &self.spec
     }
 
-    /// Starts the first of `commands` that exists, with these standard streams and nothing else open, born in
-    /// `cgroup` if given. Returns once it has been executed.
+    /// Starts another program. Returns once it has been executed.
     ///
     /// # Errors
     /// The step that failed.
-    pub fn start(
-        &self,
-        commands: Vec<Command>,
-        streams: [BorrowedFd<'_>; 3],
-        cgroup: Option<&impl AsFd>,
-    ) -> Result<Started, LaunchError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn start(&self, program: ProgramStart<'_>) -> Result<Started, LaunchError> {
+        let mut state = self.state();
         state.programs += 1;
         let id = state.programs;
-        let request = Request::Start {
-            id,
-            program: program(&self.spec, commands),
-            into_cgroup: cgroup.is_some(),
-        };
-        let mut fds = streams.to_vec();
-        fds.extend(cgroup.map(AsFd::as_fd));
-        self.channel.send(&request, &[], &fds)?;
+        request_start(&self.channel, &self.spec, id, program)?;
+        self.await_start(&mut state, id)
+    }
+
+    fn await_start(&self, state: &mut State, id: u32) -> Result<Started, LaunchError> {
         loop {
             let mut answer = self.channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
             match answer.message {
-                Event::Started {
-                    id: of,
-                    command,
-                    since_clone_us,
-                } if of == id => {
-                    return Ok(Started {
-                        id,
-                        pidfd: answer.fd()?,
-                        command,
-                        since_clone_us,
-                    });
+                Event::Started { id: of, command, since_clone_us } if of == id => {
+                    return Ok(Started { id, pidfd: answer.fd()?, command, since_clone_us });
                 }
                 Event::NotStarted { id: of, failure } if of == id => return Err(failure.into()),
                 Event::Exited { id, status } => state.exits.push_back((id, status)),
@@ -264,18 +242,19 @@ impl Sandbox {
         }
     }
 
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The next end of a program, without waiting. Readiness shows on the descriptor of [`AsFd`].
     pub fn next_exit(&self) -> Exit {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         if let Some((id, status)) = state.exits.pop_front() {
             return Exit::Program(id, status);
         }
         loop {
             match self.channel.try_recv::<Event>() {
-                Ok(Some(Received {
-                    message: Event::Exited { id, status },
-                    ..
-                })) => {
+                Ok(Some(Received { message: Event::Exited { id, status }, .. })) => {
                     return Exit::Program(id, status);
                 }
                 Ok(Some(_)) => {}
@@ -323,6 +302,25 @@ impl Drop for Sandbox {
     }
 }
 
+/// The number of the program a sandbox is launched with.
+const FIRST_PROGRAM: u32 = 1;
+
+fn request_start(
+    channel: &Channel,
+    spec: &SandboxSpec,
+    id: u32,
+    start: ProgramStart<'_>,
+) -> Result<(), LaunchError> {
+    let into_cgroup = start.cgroup.is_some();
+    let mut fds = start.streams.to_vec();
+    fds.extend(start.cgroup);
+    Ok(channel.send(
+        &Request::Start { id, program: program(spec, start.commands), into_cgroup },
+        &[],
+        &fds,
+    )?)
+}
+
 /// Kills an init; the kernel then kills the rest of its PID namespace (pid_namespaces(7)).
 struct KillOnDrop<'a>(&'a OwnedFd);
 
@@ -341,10 +339,7 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, deadline: Option<Instant>) -> Re
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-        match poll(
-            &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
-            timeout.as_ref(),
-        ) {
+        match poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], timeout.as_ref()) {
             Ok(0) => return Err(LaunchError::TimedOut),
             Ok(_) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}

@@ -9,7 +9,7 @@
 use super::launch::{Forked, LaunchError};
 use execd_init_shim::channel::Channel;
 use execd_init_shim::messages::{Launch, Launched, Plan};
-use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
 use std::io;
@@ -40,10 +40,7 @@ impl Launcher {
     /// When the copy cannot be made or executed.
     pub fn start() -> io::Result<Arc<Self>> {
         let executable = sealed_copy_of_self()?;
-        let launcher = Arc::new(Self {
-            channel: Mutex::new(None),
-            generation: AtomicU64::new(0),
-        });
+        let launcher = Arc::new(Self { channel: Mutex::new(None), generation: AtomicU64::new(0) });
         let (started, first_start) = mpsc::channel();
         let keeper = Arc::clone(&launcher);
         std::thread::Builder::new()
@@ -62,32 +59,24 @@ impl Launcher {
     ///
     /// # Errors
     /// [`LaunchError::LauncherLost`] when the launcher is gone; the next call finds its successor.
-    pub fn fork(&self, plan: &Plan, cgroup: Option<&impl AsFd>) -> Result<Forked, LaunchError> {
+    pub fn fork(&self, plan: &Plan, cgroup: Option<BorrowedFd<'_>>) -> Result<Forked, LaunchError> {
         let plan_bytes = postcard::to_stdvec(plan).map_err(io::Error::other)?;
         let (ours, theirs) = Channel::pair()?;
-        let request = Launch {
-            user_namespace: plan.id_map.is_some(),
-            into_cgroup: cgroup.is_some(),
-        };
+        let request = Launch { user_namespace: plan.id_map.is_some(), into_cgroup: cgroup.is_some() };
         let mut fds = vec![theirs.as_fd()];
-        fds.extend(cgroup.map(AsFd::as_fd));
+        fds.extend(cgroup);
         let mut slot = self.slot();
         let channel = slot.as_ref().ok_or(LaunchError::LauncherLost)?;
-        let answer = channel
-            .send(&request, &plan_bytes, &fds)
-            .and_then(|()| channel.recv::<Launched>());
+        let answer = channel.send(&request, &plan_bytes, &fds).and_then(|()| channel.recv::<Launched>());
         let Ok(Some(mut answer)) = answer else {
             // A stuck or dead launcher is not asked again; dropping its socket ends it.
             *slot = None;
             return Err(LaunchError::LauncherLost);
         };
         match answer.message {
-            Launched::Running { pid, clone_us } => Ok(Forked {
-                channel: ours,
-                pidfd: answer.fd()?,
-                pid,
-                clone_us,
-            }),
+            Launched::Running { pid, clone_us } => {
+                Ok(Forked { channel: ours, pidfd: answer.fd()?, pid, clone_us })
+            }
             Launched::Refused(failure) => Err(LaunchError::Step(failure)),
         }
     }
@@ -144,13 +133,7 @@ fn sealed_copy_of_self() -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     // MFD_EXEC is required where vm.memfd_noexec is set and unknown before kernel 6.3.
     let copy = memfd_create("execd", flags | MemfdFlags::EXEC).or_else(|_| memfd_create("execd", flags))?;
-    io::copy(
-        &mut File::open("/proc/self/exe")?,
-        &mut File::from(copy.try_clone()?),
-    )?;
-    fcntl_add_seals(
-        &copy,
-        SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
-    )?;
+    io::copy(&mut File::open("/proc/self/exe")?, &mut File::from(copy.try_clone()?))?;
+    fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
     Ok(copy)
 }

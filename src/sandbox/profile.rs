@@ -76,89 +76,51 @@ pub struct BindMount {
 /// Sizes of the private tmpfs mounts; bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
-    /// /tmp
-    pub tmp_bytes_max: u64,
-    /// /run
-    pub run_bytes_max: u64,
-    /// /dev/shm
-    pub shm_bytes_max: u64,
+    /// /tmp, /run and /dev/shm together.
+    pub private_bytes_max: u64,
     /// The control directory: holds the code and the input of one run.
     pub control_bytes_max: u64,
 }
 
-/// Inodes of each private tmpfs; a flood of empty files is memory too.
+/// Inodes of the private places; a flood of empty files is memory too.
 const INODES_MAX: u64 = 262_144;
 
 /// /proc entries that act on the whole machine: readable, not writable.
 const PROC_READ_ONLY: [&str; 6] = ["sys", "bus", "fs", "irq", "sysrq-trigger", "mtrr"];
 /// /proc entries that tell about the whole machine what no session should know (as OCI runtimes mask).
-const PROC_MASKED: [&str; 9] = [
-    "acpi",
-    "asound",
-    "interrupts",
-    "kcore",
-    "keys",
-    "latency_stats",
-    "sched_debug",
-    "scsi",
-    "timer_list",
-];
+const PROC_MASKED: [&str; 9] =
+    ["acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list"];
 /// Places that a caller's mount may neither be nor be beneath: the sandbox's own.
 const RESERVED: [&str; 4] = ["/proc", "/dev", "/sys", CONTROL_DIR];
 
 /// The mounts of a session, in order. Pure.
 pub fn mounts(layout: &Layout) -> Vec<MountStep> {
-    let root = layout
-        .workspaces
-        .iter()
-        .find(|mount| mount.dest == Path::new("/"));
-    let mut steps = vec![root.map_or_else(read_only_root, workspace)];
+    let root = layout.workspaces.iter().find(|mount| mount.dest == Path::new("/"));
+    let mut steps = vec![
+        root.map_or_else(read_only_root, workspace),
+        MountStep::Scratch {
+            dest: "/proc".into(),
+            bytes_max: layout.sizes.private_bytes_max,
+            inodes_max: INODES_MAX,
+        },
+    ];
     let mut above = Vec::new();
     above.extend(tmp(layout));
-    above.push(MountStep::Tmpfs {
-        dest: "/run".into(),
-        mode: 0o755,
-        bytes_max: layout.sizes.run_bytes_max,
-        inodes_max: INODES_MAX,
-    });
-    above.push(MountStep::Control {
-        dest: CONTROL_DIR.into(),
-        bytes_max: layout.sizes.control_bytes_max,
-    });
-    above.push(MountStep::Dev {
-        dest: "/dev".into(),
-        shm_bytes_max: layout.sizes.shm_bytes_max,
-    });
+    above.push(MountStep::Private { dest: "/run".into(), mode: 0o755 });
+    above.push(MountStep::Control { dest: CONTROL_DIR.into(), bytes_max: layout.sizes.control_bytes_max });
+    above.push(MountStep::Dev { dest: "/dev".into() });
     above.push(MountStep::Proc {
         dest: "/proc".into(),
         read_only: PROC_READ_ONLY.map(String::from).to_vec(),
         masked: PROC_MASKED.map(String::from).to_vec(),
     });
-    above.push(MountStep::Mask {
-        dest: "/sys/firmware".into(),
-    });
+    above.push(MountStep::Mask { dest: "/sys/firmware".into() });
     if let Some(resolver) = &layout.resolver {
         above.push(bind(resolver, resolver, true, false));
     }
-    above.extend(
-        layout
-            .workspaces
-            .iter()
-            .filter(|mount| mount.dest != Path::new("/"))
-            .map(workspace),
-    );
-    above.extend(
-        layout
-            .hidden
-            .iter()
-            .map(|path| MountStep::Mask { dest: path.clone() }),
-    );
-    above.extend(
-        layout
-            .binds
-            .iter()
-            .map(|b| bind(&b.source, &b.dest, b.read_only, true)),
-    );
+    above.extend(layout.workspaces.iter().filter(|mount| mount.dest != Path::new("/")).map(workspace));
+    above.extend(layout.hidden.iter().map(|path| MountStep::Mask { dest: path.clone() }));
+    above.extend(layout.binds.iter().map(|b| bind(&b.source, &b.dest, b.read_only, true)));
     above.sort_by_key(|step| depth(step.dest()));
     steps.append(&mut above);
     steps
@@ -175,20 +137,11 @@ fn read_only_root() -> MountStep {
 
 fn tmp(layout: &Layout) -> Option<MountStep> {
     // A mount of the caller on /tmp, or on what contains it, decides about /tmp.
-    if layout
-        .workspaces
-        .iter()
-        .any(|mount| Path::new("/tmp").starts_with(&mount.dest))
-    {
+    if layout.workspaces.iter().any(|mount| Path::new("/tmp").starts_with(&mount.dest)) {
         return None;
     }
     Some(match layout.profile {
-        Profile::Strict => MountStep::Tmpfs {
-            dest: "/tmp".into(),
-            mode: 0o1777,
-            bytes_max: layout.sizes.tmp_bytes_max,
-            inodes_max: INODES_MAX,
-        },
+        Profile::Strict => MountStep::Private { dest: "/tmp".into(), mode: 0o1777 },
         Profile::Balanced => bind(Path::new("/tmp"), Path::new("/tmp"), false, true),
     })
 }
@@ -197,21 +150,14 @@ fn workspace(mount: &WorkspaceMount) -> MountStep {
     match &mount.access {
         Access::ReadWrite => bind(&mount.source, &mount.dest, false, true),
         Access::ReadOnly => bind(&mount.source, &mount.dest, true, true),
-        Access::Overlay(upper) => MountStep::Overlay {
-            lower: mount.source.clone(),
-            upper: upper.clone(),
-            dest: mount.dest.clone(),
-        },
+        Access::Overlay(upper) => {
+            MountStep::Overlay { lower: mount.source.clone(), upper: upper.clone(), dest: mount.dest.clone() }
+        }
     }
 }
 
 fn bind(source: &Path, dest: &Path, read_only: bool, recursive: bool) -> MountStep {
-    MountStep::Bind {
-        source: source.into(),
-        dest: dest.into(),
-        read_only,
-        recursive,
-    }
+    MountStep::Bind { source: source.into(), dest: dest.into(), read_only, recursive }
 }
 
 fn depth(path: &Path) -> usize {
@@ -236,20 +182,12 @@ mod tests {
             binds: vec![],
             hidden: vec!["/var/lib/execd/isolation".into()],
             resolver: None,
-            sizes: Sizes {
-                tmp_bytes_max: 1,
-                run_bytes_max: 2,
-                shm_bytes_max: 3,
-                control_bytes_max: 4,
-            },
+            sizes: Sizes { private_bytes_max: 1, control_bytes_max: 2 },
         }
     }
 
     fn dests(layout: &Layout) -> Vec<String> {
-        mounts(layout)
-            .iter()
-            .map(|step| step.dest().display().to_string())
-            .collect()
+        mounts(layout).iter().map(|step| step.dest().display().to_string()).collect()
     }
 
     #[test]
@@ -259,6 +197,7 @@ mod tests {
             dests,
             [
                 "/",
+                "/proc",
                 "/tmp",
                 "/run",
                 "/dev",
@@ -275,39 +214,23 @@ mod tests {
     #[test]
     fn tmp_is_private_shared_or_the_callers() {
         let tmp = |layout: &Layout| {
-            mounts(layout)
-                .into_iter()
-                .filter(|step| step.dest() == Path::new("/tmp"))
-                .collect::<Vec<_>>()
+            mounts(layout).into_iter().filter(|step| step.dest() == Path::new("/tmp")).collect::<Vec<_>>()
         };
-        assert!(matches!(
-            tmp(&layout(Profile::Strict, &[])).as_slice(),
-            [MountStep::Tmpfs { .. }]
-        ));
+        assert!(matches!(tmp(&layout(Profile::Strict, &[])).as_slice(), [MountStep::Private { .. }]));
         assert!(matches!(
             tmp(&layout(Profile::Balanced, &[])).as_slice(),
             [MountStep::Bind { read_only: false, .. }]
         ));
         for profile in [Profile::Strict, Profile::Balanced] {
             let own = layout(profile, &[("/tmp", Access::ReadOnly)]);
-            assert!(matches!(
-                tmp(&own).as_slice(),
-                [MountStep::Bind { read_only: true, .. }]
-            ));
+            assert!(matches!(tmp(&own).as_slice(), [MountStep::Bind { read_only: true, .. }]));
         }
     }
 
     #[test]
     fn deeper_mounts_come_later_whatever_their_kind() {
-        let mut layout = layout(
-            Profile::Strict,
-            &[("/a/b/c", Access::ReadOnly), ("/a", Access::ReadWrite)],
-        );
-        layout.binds.push(BindMount {
-            source: "/mnt".into(),
-            dest: "/a/b".into(),
-            read_only: true,
-        });
+        let mut layout = layout(Profile::Strict, &[("/a/b/c", Access::ReadOnly), ("/a", Access::ReadWrite)]);
+        layout.binds.push(BindMount { source: "/mnt".into(), dest: "/a/b".into(), read_only: true });
         let dests = dests(&layout);
         let place = |path| dests.iter().position(|dest| dest == path).unwrap();
         assert!(place("/a") < place("/a/b") && place("/a/b") < place("/a/b/c"));
@@ -315,15 +238,7 @@ mod tests {
 
     #[test]
     fn the_sandboxs_own_places_are_reserved() {
-        for path in [
-            "/proc",
-            "/proc/self",
-            "/dev/shm",
-            "/sys",
-            "/run",
-            "/run/execd",
-            "/run/execd/x",
-        ] {
+        for path in ["/proc", "/proc/self", "/dev/shm", "/sys", "/run", "/run/execd", "/run/execd/x"] {
             assert!(is_reserved(Path::new(path)), "{path}");
         }
         for path in ["/", "/processes", "/run/user/1000", "/workspace", "/tmp"] {

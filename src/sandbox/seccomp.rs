@@ -64,26 +64,12 @@ pub const DENY: &[Denied] = &[
         reason: "its flags are behind a pointer; libraries fall back to clone",
     },
     Denied {
-        names: &[
-            "ptrace",
-            "process_vm_readv",
-            "process_vm_writev",
-            "process_madvise",
-            "pidfd_getfd",
-            "kcmp",
-        ],
+        names: &["ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "pidfd_getfd", "kcmp"],
         errno: Errno::Perm,
         reason: "reading and steering other processes",
     },
     Denied {
-        names: &[
-            "init_module",
-            "finit_module",
-            "delete_module",
-            "kexec_load",
-            "kexec_file_load",
-            "reboot",
-        ],
+        names: &["init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot"],
         errno: Errno::Perm,
         reason: "the kernel itself",
     },
@@ -159,9 +145,7 @@ pub struct Filter {
 
 /// The built-in list, compiled.
 pub fn builtin() -> Filter {
-    let entries = DENY
-        .iter()
-        .flat_map(|denied| denied.names.iter().map(|name| (*name, denied.errno)));
+    let entries = DENY.iter().flat_map(|denied| denied.names.iter().map(|name| (*name, denied.errno)));
     compile(entries)
 }
 
@@ -186,23 +170,13 @@ fn compile<'a>(entries: impl IntoIterator<Item = (&'a str, Errno)>) -> Filter {
             None => unknown.push(name.to_owned()),
         }
     }
-    actions
-        .entry(Sysno::clone as u32)
-        .or_insert(Action::CheckCloneFlags);
-    actions
-        .entry(Sysno::ioctl as u32)
-        .or_insert(Action::CheckIoctlRequest);
-    Filter {
-        program: assemble(&ranges(&actions)),
-        unknown,
-    }
+    actions.entry(Sysno::clone as u32).or_insert(Action::CheckCloneFlags);
+    actions.entry(Sysno::ioctl as u32).or_insert(Action::CheckIoctlRequest);
+    Filter { program: assemble(&ranges(&actions)), unknown }
 }
 
 fn number(name: &str) -> Option<u32> {
-    let recent = RECENT
-        .iter()
-        .find(|(recent, _)| *recent == name)
-        .map(|(_, number)| *number);
+    let recent = RECENT.iter().find(|(recent, _)| *recent == name).map(|(_, number)| *number);
     recent.or_else(|| Sysno::from_str(name).ok().map(|sysno| sysno as u32))
 }
 
@@ -279,10 +253,7 @@ fn search(ranges: &[(u32, Action)]) -> Vec<Instruction> {
             let mut code = match u8::try_from(low.len()) {
                 Ok(skip) => vec![op(JUMP_GREATER_OR_EQUAL, skip, 0, *pivot)],
                 // Conditional jumps reach 255 instructions.
-                Err(_) => vec![
-                    op(JUMP_GREATER_OR_EQUAL, 0, 1, *pivot),
-                    op(JUMP, 0, 0, low.len() as u32),
-                ],
+                Err(_) => vec![op(JUMP_GREATER_OR_EQUAL, 0, 1, *pivot), op(JUMP, 0, 0, low.len() as u32)],
             };
             code.extend(low);
             code.extend(high);
@@ -298,12 +269,7 @@ fn act(action: Action) -> Vec<Instruction> {
         Action::Allow => vec![allow],
         Action::Deny(errno) => vec![errno_return(errno)],
         Action::CheckCloneFlags => {
-            vec![
-                op(LOAD, 0, 0, DATA_ARGS),
-                op(JUMP_SET, 0, 1, NAMESPACE_FLAGS),
-                deny,
-                allow,
-            ]
+            vec![op(LOAD, 0, 0, DATA_ARGS), op(JUMP_SET, 0, 1, NAMESPACE_FLAGS), deny, allow]
         }
         Action::CheckIoctlRequest => vec![
             op(LOAD, 0, 0, DATA_ARGS + 8),
@@ -363,32 +329,18 @@ mod tests {
             .collect();
         for nr in 0..600 {
             let expected = listed.get(&nr).copied().unwrap_or(RET_ALLOW);
-            assert_eq!(
-                run(&filter.program, NATIVE_ARCH, nr, [0, 0]),
-                expected,
-                "call {nr}"
-            );
+            assert_eq!(run(&filter.program, NATIVE_ARCH, nr, [0, 0]), expected, "call {nr}");
         }
-        assert!(
-            filter.program.len() < 400,
-            "{} instructions",
-            filter.program.len()
-        );
+        assert!(filter.program.len() < 400, "{} instructions", filter.program.len());
     }
 
     #[test]
     fn clone_and_ioctl_are_judged_by_their_arguments() {
         let filter = builtin();
         assert_eq!(answer(&filter, "clone", [0x11, 0]), RET_ALLOW);
-        for flag in [
-            0x0002_0000,
-            0x0200_0000,
-            0x0400_0000,
-            0x0800_0000,
-            0x1000_0000,
-            0x2000_0000,
-            0x4000_0000,
-        ] {
+        for flag in
+            [0x0002_0000, 0x0200_0000, 0x0400_0000, 0x0800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000]
+        {
             assert_eq!(answer(&filter, "clone", [flag | 0x11, 0]), EPERM, "{flag:#x}");
         }
         assert_eq!(answer(&filter, "ioctl", [0, 0x5401]), RET_ALLOW);
@@ -416,9 +368,7 @@ mod tests {
 
     #[test]
     fn a_list_of_hundreds_still_assembles() {
-        let names: Vec<String> = (0..400)
-            .filter_map(|nr| Some(Sysno::new(nr)?.name().to_owned()))
-            .collect();
+        let names: Vec<String> = (0..400).filter_map(|nr| Some(Sysno::new(nr)?.name().to_owned())).collect();
         let filter = from_names(&names.iter().step_by(2).cloned().collect::<Vec<_>>());
         assert_eq!(answer(&filter, &names[0], [0, 0]), EPERM);
         assert_eq!(answer(&filter, &names[1], [0, 0]), RET_ALLOW);

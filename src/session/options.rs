@@ -94,10 +94,7 @@ pub struct OptionError {
 impl OptionError {
     /// Names a field and what is wrong with it.
     pub fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self {
-            field: field.into(),
-            reason: reason.into(),
-        }
+        Self { field: field.into(), reason: reason.into() }
     }
 }
 
@@ -111,9 +108,7 @@ pub fn mount_path(field: &str, path: &str) -> Result<PathBuf, OptionError> {
         return wrong("must not be empty".into());
     }
     if !is_clean(path) {
-        return wrong(format!(
-            "{path:?} must be absolute, without '.', '..', doubled or trailing '/'"
-        ));
+        return wrong(format!("{path:?} must be absolute, without '.', '..', doubled or trailing '/'"));
     }
     if is_reserved(Path::new(path)) {
         return wrong(format!("{path:?} is one of the sandbox's own places"));
@@ -130,10 +125,7 @@ pub fn absolute_path(field: &str, path: &str) -> Result<PathBuf, OptionError> {
         return Err(OptionError::new(field, "must not be empty"));
     }
     if !is_plain_absolute(Path::new(path)) || path.contains('\0') {
-        return Err(OptionError::new(
-            field,
-            format!("{path:?} must be absolute, without '..'"),
-        ));
+        return Err(OptionError::new(field, format!("{path:?} must be absolute, without '..'")));
     }
     Ok(path.into())
 }
@@ -149,21 +141,13 @@ impl SessionOptions {
             return wrong("workspace", "workspace.path or overlays is required".into());
         }
         if self.mounts.len() > MOUNTS_MAX {
-            return wrong(
-                "overlays",
-                format!("at most {MOUNTS_MAX} mounts, the workspace included"),
-            );
+            return wrong("overlays", format!("at most {MOUNTS_MAX} mounts, the workspace included"));
         }
         if self.binds.len() + self.extra_writable.len() > BINDS_MAX {
             return wrong("binds", format!("at most {BINDS_MAX} binds and writable folders"));
         }
         for (index, mount) in self.mounts.iter().enumerate() {
-            if self
-                .mounts
-                .iter()
-                .skip(index + 1)
-                .any(|other| other.path == mount.path)
-            {
+            if self.mounts.iter().skip(index + 1).any(|other| other.path == mount.path) {
                 return wrong("overlays", format!("{} is mounted twice", mount.path.display()));
             }
             if mount.path == Path::new("/") && mount.mode != MountMode::ReadOnly {
@@ -199,10 +183,7 @@ mod tests {
             profile: Profile::Strict,
             mounts: paths
                 .iter()
-                .map(|path| Mount {
-                    path: path.into(),
-                    mode: MountMode::Overlay { persist: true },
-                })
+                .map(|path| Mount { path: path.into(), mode: MountMode::Overlay { persist: true } })
                 .collect(),
             extra_writable: vec![],
             binds: vec![],
@@ -219,10 +200,7 @@ mod tests {
     fn mounts_are_required_unique_and_few() {
         assert!(options(&["/a", "/a/b"]).check().is_ok());
         assert_eq!(options(&[]).check().unwrap_err().field, "workspace");
-        assert_eq!(
-            options(&["/a", "/b", "/a"]).check().unwrap_err().field,
-            "overlays"
-        );
+        assert_eq!(options(&["/a", "/b", "/a"]).check().unwrap_err().field, "overlays");
         let many: Vec<String> = (0..=MOUNTS_MAX).map(|n| format!("/m{n}")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         assert!(options(&many[1..]).check().is_ok());
@@ -232,11 +210,7 @@ mod tests {
     #[test]
     fn paths_are_checked_where_they_are_named() {
         for bad in ["", "relative", "/a/../b", "/a/", "/proc", "/dev/x", "/run/execd"] {
-            assert_eq!(
-                mount_path("workspace.path", bad).unwrap_err().field,
-                "workspace.path",
-                "{bad}"
-            );
+            assert_eq!(mount_path("workspace.path", bad).unwrap_err().field, "workspace.path", "{bad}");
         }
         assert!(absolute_path("binds.source", "/a/./b/").is_ok());
         assert!(absolute_path("binds.source", "/a/../b").is_err());

@@ -81,23 +81,13 @@ pub fn prepare(
     let (uid, gid) = ids(options);
     let mut uppers = None;
     let workspaces = resolve_workspaces(foundation, name, options, &mut uppers)?;
-    let cwd = workspaces
-        .first()
-        .map_or_else(|| PathBuf::from("/"), |mount| mount.dest.clone());
+    let cwd = workspaces.first().map_or_else(|| PathBuf::from("/"), |mount| mount.dest.clone());
     let layout = Layout {
         profile: options.profile,
         workspaces,
         binds,
-        hidden: foundation
-            .uppers
-            .iter()
-            .map(|uppers| uppers.root().to_path_buf())
-            .collect(),
-        resolver: if options.share_net {
-            resolve::resolver()
-        } else {
-            None
-        },
+        hidden: foundation.uppers.iter().map(|uppers| uppers.root().to_path_buf()).collect(),
+        resolver: if options.share_net { resolve::resolver() } else { None },
         sizes: sizes(&foundation.config),
     };
     let mounts = profile::mounts(&layout);
@@ -110,11 +100,7 @@ pub fn prepare(
                 inside_gid: gid,
                 outside_gid: own_gid(),
             }),
-            network: if options.share_net {
-                Network::Shared
-            } else {
-                Network::Loopback
-            },
+            network: if options.share_net { Network::Shared } else { Network::Loopback },
             cgroup: foundation.has_cgroups,
         },
         mounts,
@@ -128,19 +114,12 @@ pub fn prepare(
         cwd,
         new_session: true,
     };
-    Ok(Prepared {
-        spec,
-        uppers,
-        effective,
-    })
+    Ok(Prepared { spec, uppers, effective })
 }
 
 /// The ids inside; execd's own where the request names none.
 pub fn ids(options: &SessionOptions) -> (u32, u32) {
-    (
-        options.uid.unwrap_or_else(own_uid),
-        options.gid.unwrap_or_else(own_gid),
-    )
+    (options.uid.unwrap_or_else(own_uid), options.gid.unwrap_or_else(own_gid))
 }
 
 fn own_uid() -> u32 {
@@ -153,9 +132,7 @@ fn own_gid() -> u32 {
 
 fn sizes(config: &Config) -> Sizes {
     Sizes {
-        tmp_bytes_max: config.sizes.tmp_max_bytes,
-        run_bytes_max: config.sizes.run_max_bytes,
-        shm_bytes_max: config.sizes.shm_max_bytes,
+        private_bytes_max: config.sizes.private_max_bytes,
         control_bytes_max: CONTROL_BODIES * config.http.body_max_bytes as u64,
     }
 }
@@ -171,20 +148,12 @@ fn resolve_binds(
     let mut binds = Vec::new();
     for path in &mut effective.extra_writable {
         *path = resolve("extra_writable", path)?;
-        binds.push(BindMount {
-            source: path.clone(),
-            dest: path.clone(),
-            read_only: false,
-        });
+        binds.push(BindMount { source: path.clone(), dest: path.clone(), read_only: false });
     }
     for bind in &mut effective.binds {
         bind.source = resolve("binds.source", &bind.source)?;
         let bind = bind.clone();
-        binds.push(BindMount {
-            source: bind.source,
-            dest: bind.dest,
-            read_only: bind.read_only,
-        });
+        binds.push(BindMount { source: bind.source, dest: bind.dest, read_only: bind.read_only });
     }
     Ok(binds)
 }
@@ -203,15 +172,9 @@ fn resolve_workspaces(
     // All paths first: a request that is wrong in its last path should not have allocated for its first.
     let mut sources = Vec::new();
     for mount in &options.mounts {
-        let source = resolve::workspace(&mount.path, owner).map_err(|error| PrepareError::Path {
-            field: "workspace.path",
-            error,
-        })?;
-        if foundation
-            .uppers
-            .as_ref()
-            .is_some_and(|uppers| source.starts_with(uppers.root()))
-        {
+        let source = resolve::workspace(&mount.path, owner)
+            .map_err(|error| PrepareError::Path { field: "workspace.path", error })?;
+        if foundation.uppers.as_ref().is_some_and(|uppers| source.starts_with(uppers.root())) {
             let reason = format!("{} lies inside execd's own upper_root", source.display());
             return Err(OptionError::new("workspace.path", reason).into());
         }
@@ -226,11 +189,7 @@ fn resolve_workspaces(
                 upper(foundation, name, persist, &source, uppers).map_err(PrepareError::Upper)?,
             ),
         };
-        mounts.push(WorkspaceMount {
-            dest: mount.path.clone(),
-            source,
-            access,
-        });
+        mounts.push(WorkspaceMount { dest: mount.path.clone(), source, access });
     }
     Ok(mounts)
 }
@@ -242,11 +201,7 @@ fn upper(
     lower: &Path,
     session: &mut Option<SessionUppers>,
 ) -> io::Result<Upper> {
-    match foundation
-        .uppers
-        .as_ref()
-        .filter(|uppers| persist && uppers.usable())
-    {
+    match foundation.uppers.as_ref().filter(|uppers| persist && uppers.usable()) {
         Some(uppers) => {
             if session.is_none() {
                 *session = Some(uppers.session(name)?);
@@ -255,10 +210,7 @@ fn upper(
                 return Err(io::Error::other("no upper directory"));
             };
             let paths = session.allocate(lower)?;
-            Ok(Upper::Directory {
-                upper: paths.upper,
-                work: paths.work,
-            })
+            Ok(Upper::Directory { upper: paths.upper, work: paths.work })
         }
         None => Ok(Upper::Tmpfs {
             bytes_max: foundation.config.sizes.ephemeral_upper_max_bytes,

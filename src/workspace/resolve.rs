@@ -31,10 +31,7 @@ fn listed(list: &[PathBuf]) -> String {
     if list.is_empty() {
         return "none is".into();
     }
-    list.iter()
-        .map(|path| path.display().to_string())
-        .collect::<Vec<_>>()
-        .join(", ")
+    list.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// A path that is absolute and equals its own lexical cleaning: no `.`, `..`, `//` or trailing `/`.
@@ -42,10 +39,7 @@ pub fn is_clean(path: &str) -> bool {
     path == "/"
         || (path.starts_with('/')
             && !path.contains('\0')
-            && path
-                .split('/')
-                .skip(1)
-                .all(|part| !matches!(part, "" | "." | "..")))
+            && path.split('/').skip(1).all(|part| !matches!(part, "" | "." | "..")))
 }
 
 /// Resolves a workspace, making it (mode 0755, parents too) when it is missing. A directory made here is given
@@ -54,17 +48,10 @@ pub fn is_clean(path: &str) -> bool {
 /// # Errors
 /// [`ResolveError::Unusable`] when it is no directory or cannot be made.
 pub fn workspace(path: &Path, owner: Option<(u32, u32)>) -> Result<PathBuf, ResolveError> {
-    let unusable = |error| ResolveError::Unusable {
-        path: path.into(),
-        error,
-    };
+    let unusable = |error| ResolveError::Unusable { path: path.into(), error };
     let resolved = match path.canonicalize() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(path)
-                .map_err(unusable)?;
+            DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(unusable)?;
             if let Some((uid, gid)) = owner {
                 std::os::unix::fs::lchown(path, Some(uid), Some(gid)).map_err(unusable)?;
             }
@@ -72,11 +59,7 @@ pub fn workspace(path: &Path, owner: Option<(u32, u32)>) -> Result<PathBuf, Reso
         }
         other => other.map_err(unusable)?,
     };
-    if resolved.is_dir() {
-        Ok(resolved)
-    } else {
-        Err(unusable(io::ErrorKind::NotADirectory.into()))
-    }
+    if resolved.is_dir() { Ok(resolved) } else { Err(unusable(io::ErrorKind::NotADirectory.into())) }
 }
 
 /// Resolves the source of a bind and checks it against the allow-list, whose entries are resolved too.
@@ -84,22 +67,15 @@ pub fn workspace(path: &Path, owner: Option<(u32, u32)>) -> Result<PathBuf, Reso
 /// # Errors
 /// When it does not exist or is not allowed.
 pub fn bind_source(path: &Path, allowed: &[PathBuf]) -> Result<PathBuf, ResolveError> {
-    let resolved = path.canonicalize().map_err(|error| ResolveError::Unusable {
-        path: path.into(),
-        error,
-    })?;
+    let resolved =
+        path.canonicalize().map_err(|error| ResolveError::Unusable { path: path.into(), error })?;
     // `starts_with` compares whole components: /workspace does not allow /workspace-other.
-    let is_allowed = allowed
-        .iter()
-        .filter_map(|entry| entry.canonicalize().ok())
-        .any(|e| resolved.starts_with(e));
+    let is_allowed =
+        allowed.iter().filter_map(|entry| entry.canonicalize().ok()).any(|e| resolved.starts_with(e));
     if is_allowed {
         Ok(resolved)
     } else {
-        Err(ResolveError::NotAllowed {
-            path: resolved,
-            allowed: allowed.to_vec(),
-        })
+        Err(ResolveError::NotAllowed { path: resolved, allowed: allowed.to_vec() })
     }
 }
 
@@ -119,9 +95,7 @@ pub fn is_mount_point(dest: &Path, writable: &[PathBuf]) -> bool {
 /// A path that is absolute and has no `..`: what a bind's destination must be.
 pub fn is_plain_absolute(path: &Path) -> bool {
     path.is_absolute()
-        && path
-            .components()
-            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+        && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
 }
 
 #[cfg(test)]
@@ -148,25 +122,13 @@ mod tests {
         std::os::unix::fs::symlink(root.join("secret"), root.join("allowed/link")).unwrap();
         std::os::unix::fs::symlink(root.join("allowed"), root.join("alias")).unwrap();
         let allowed = [root.join("alias")];
-        assert_eq!(
-            bind_source(&root.join("allowed/inner"), &allowed).unwrap(),
-            root.join("allowed/inner")
-        );
-        assert_eq!(
-            bind_source(&root.join("alias"), &allowed).unwrap(),
-            root.join("allowed")
-        );
+        assert_eq!(bind_source(&root.join("allowed/inner"), &allowed).unwrap(), root.join("allowed/inner"));
+        assert_eq!(bind_source(&root.join("alias"), &allowed).unwrap(), root.join("allowed"));
         for outside in ["allowed-not", "allowed/link", "secret", "allowed/../secret"] {
             let error = bind_source(&root.join(outside), &allowed).unwrap_err();
-            assert!(
-                matches!(error, ResolveError::NotAllowed { .. }),
-                "{outside}: {error}"
-            );
+            assert!(matches!(error, ResolveError::NotAllowed { .. }), "{outside}: {error}");
         }
-        assert!(matches!(
-            bind_source(&root.join("none"), &allowed),
-            Err(ResolveError::Unusable { .. })
-        ));
+        assert!(matches!(bind_source(&root.join("none"), &allowed), Err(ResolveError::Unusable { .. })));
         assert!(bind_source(&root, &[]).is_err());
     }
 

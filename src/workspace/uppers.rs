@@ -64,21 +64,13 @@ impl Uppers {
     /// See [`UppersError`].
     pub fn open(root: &Path) -> Result<Self, UppersError> {
         let failed = |error| UppersError::Io(root.into(), error);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(root)
-            .map_err(failed)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(failed)?;
         let root = root.canonicalize().map_err(failed)?;
         fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(failed)?;
         let lock = File::open(&root).map_err(failed)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| UppersError::InUse(root.clone()))?;
-        let uppers = Self {
-            usable: !is_on_overlayfs(&root),
-            root,
-            _lock: lock,
-        };
+        let uppers = Self { usable: !is_on_overlayfs(&root), root, _lock: lock };
         uppers.remove_leftovers().map_err(failed)?;
         Ok(uppers)
     }
@@ -99,11 +91,7 @@ impl Uppers {
     /// Those of mkdir(2).
     pub fn session(self: &Arc<Self>, name: &str) -> io::Result<SessionUppers> {
         DirBuilder::new().mode(0o700).create(self.root.join(name))?;
-        Ok(SessionUppers {
-            uppers: Arc::clone(self),
-            name: name.into(),
-            count: 0,
-        })
+        Ok(SessionUppers { uppers: Arc::clone(self), name: name.into(), count: 0 })
     }
 
     fn remove_leftovers(&self) -> io::Result<()> {
@@ -116,10 +104,7 @@ impl Uppers {
             }
         }
         // A large upper must not hold up the start.
-        std::thread::Builder::new()
-            .name("trash".into())
-            .spawn(move || empty(&trash))
-            .map(drop)
+        std::thread::Builder::new().name("trash".into()).spawn(move || empty(&trash)).map(drop)
     }
 }
 
@@ -131,10 +116,7 @@ impl SessionUppers {
     pub fn allocate(&mut self, lower: &Path) -> io::Result<UpperPaths> {
         let parent = self.uppers.root.join(&self.name).join(self.count.to_string());
         self.count += 1;
-        let paths = UpperPaths {
-            upper: parent.join("upper"),
-            work: parent.join("work"),
-        };
+        let paths = UpperPaths { upper: parent.join("upper"), work: parent.join("work") };
         for dir in [&paths.upper, &paths.work] {
             DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         }
@@ -192,12 +174,7 @@ mod tests {
         assert_eq!(fs::metadata(&paths.upper).unwrap().mode() & 0o7777, 0o1751);
         assert_ne!(session.allocate(&lower).unwrap().upper, paths.upper);
         drop(session);
-        let left = || {
-            fs::read_dir(&root)
-                .unwrap()
-                .map(|e| e.unwrap().file_name())
-                .collect::<Vec<_>>()
-        };
+        let left = || fs::read_dir(&root).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
         assert_eq!(left(), [TRASH]);
         std::mem::forget(uppers.session("crashed").unwrap());
         drop(uppers);

@@ -11,11 +11,7 @@ use std::io;
 pub fn join_session_keyring() -> io::Result<()> {
     // SAFETY: a null name asks for an anonymous keyring; nothing else is read.
     check(unsafe {
-        libc::syscall(
-            libc::SYS_keyctl,
-            libc::KEYCTL_JOIN_SESSION_KEYRING,
-            std::ptr::null::<libc::c_char>(),
-        )
+        libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>())
     })
     .map(drop)
 }

@@ -12,6 +12,8 @@ mod keyring;
 mod mount;
 mod net;
 mod process;
+#[cfg(feature = "tokio")]
+mod reactor;
 mod signal;
 
 pub use fd::{adopt, close_range_from, redirect};
@@ -19,13 +21,11 @@ pub use keyring::join_session_keyring;
 pub use mount::{MountAttr, Propagation, mount_setattr};
 pub use net::set_loopback_up;
 pub use process::{CloneFlags, Cloned, SingleThreaded, clone3, exit_now, unshare};
+#[cfg(feature = "tokio")]
+pub use reactor::watch_readable;
 pub use signal::{block_child_signal, reap_automatically, reset_signals, send_signal};
 
 /// Turns the C convention (`-1` and `errno`) into a result.
 fn check(result: libc::c_long) -> std::io::Result<libc::c_long> {
-    if result == -1 {
-        Err(std::io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
 }

@@ -65,9 +65,5 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
 pub fn reap_automatically() -> io::Result<()> {
     // SAFETY: SIG_IGN runs no handler.
     let previous = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
-    if previous == libc::SIG_ERR {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if previous == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

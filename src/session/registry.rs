@@ -1,0 +1,292 @@
+//! All sessions of this execd.
+
+use super::options::SessionOptions;
+use super::prepare::{Foundation, PrepareError, Prepared, prepare};
+use super::probe::Report;
+use super::session::{Life, Session, SessionId};
+use super::shell::{Shell, ShellError};
+use super::state::State;
+use super::task::{Resources, Task};
+use crate::sandbox::cgroup::CgroupTree;
+use crate::sandbox::launcher::Launcher;
+use crate::session::options::UidMode;
+use crate::session::probe::Feature;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+/// How long a delete waits for the session's task.
+const DELETE_WAIT_MAX: Duration = Duration::from_secs(15);
+
+/// All sessions, and what they are made from.
+#[derive(Debug)]
+pub struct Registry {
+    foundation: Arc<Foundation>,
+    launcher: Arc<Launcher>,
+    cgroups: Option<CgroupTree>,
+    report: Report,
+    sessions: Mutex<HashMap<SessionId, Entry>>,
+    /// Sessions that exist or are being created.
+    taken: AtomicUsize,
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    session: Arc<Session>,
+    /// Closed when the session's task has ended.
+    gone: watch::Receiver<()>,
+}
+
+/// Why a session is not created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// This machine cannot isolate at all.
+    #[error("isolation unavailable: {0}")]
+    Unavailable(String),
+    /// It cannot do what was asked.
+    #[error("{0}")]
+    NotSupported(String),
+    /// As many exist as may.
+    #[error("{0} sessions exist already")]
+    TooMany(usize),
+    /// The request.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// The sandbox or its shell.
+    #[error(transparent)]
+    Shell(#[from] ShellError),
+    /// The daemon's own side.
+    #[error("create the session")]
+    Io(#[from] std::io::Error),
+}
+
+/// Why a session is not deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DeleteError {
+    /// There is none of that name.
+    #[error("no such session")]
+    Unknown,
+    /// Its processes do not end; it stays listed.
+    #[error("the session did not end in time; it stays listed")]
+    Stuck,
+}
+
+/// Gives a place back when a creation fails or a session ends.
+struct Place(Arc<Registry>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.taken.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Registry {
+    /// An empty registry.
+    pub fn new(
+        foundation: Arc<Foundation>,
+        launcher: Arc<Launcher>,
+        cgroups: Option<CgroupTree>,
+        report: Report,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            foundation,
+            launcher,
+            cgroups,
+            report,
+            sessions: Mutex::default(),
+            taken: AtomicUsize::new(0),
+        })
+    }
+
+    /// What this machine can do.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// What sessions are made from.
+    pub fn foundation(&self) -> &Foundation {
+        &self.foundation
+    }
+
+    /// Creates a session and waits until its shell answers.
+    ///
+    /// # Errors
+    /// See [`CreateError`]; nothing is left behind.
+    pub async fn create(self: &Arc<Self>, options: SessionOptions) -> Result<Arc<Session>, CreateError> {
+        self.check_supported(&options)?;
+        let place = self.take_place()?;
+        let id = SessionId(Uuid::new_v4());
+        let registry = Arc::clone(self);
+        let built = tokio::task::spawn_blocking(move || registry.build(id, &options)).await;
+        let built = built.map_err(std::io::Error::other)??;
+        self.admit(id, built, place)
+    }
+
+    /// The session of that name.
+    pub fn get(&self, id: SessionId) -> Option<Arc<Session>> {
+        self.sessions().get(&id).map(|entry| Arc::clone(&entry.session))
+    }
+
+    /// All sessions, oldest first.
+    pub fn list(&self) -> Vec<Arc<Session>> {
+        let mut all: Vec<_> = self.sessions().values().map(|entry| Arc::clone(&entry.session)).collect();
+        all.sort_by_key(|session| (session.created_at, session.id));
+        all
+    }
+
+    /// Ends a session and waits until nothing of it is left.
+    ///
+    /// # Errors
+    /// See [`DeleteError`].
+    pub async fn delete(&self, id: SessionId) -> Result<(), DeleteError> {
+        let entry = self.sessions().get(&id).cloned().ok_or(DeleteError::Unknown)?;
+        entry.session.stop();
+        wait_gone(entry.gone, DELETE_WAIT_MAX).await
+    }
+
+    /// Ends all sessions, for at most `timeout`.
+    pub async fn shut_down(&self, timeout: Duration) {
+        let entries: Vec<Entry> = self.sessions().values().cloned().collect();
+        for entry in &entries {
+            entry.session.stop();
+        }
+        let deadline = Instant::now() + timeout;
+        for entry in entries {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let _ = wait_gone(entry.gone, left).await;
+        }
+    }
+
+    pub(super) fn forget(&self, id: SessionId) {
+        self.sessions().remove(&id);
+    }
+
+    pub(super) fn launcher_generation(&self) -> u64 {
+        self.launcher.generation()
+    }
+
+    fn check_supported(&self, options: &SessionOptions) -> Result<(), CreateError> {
+        options.check().map_err(PrepareError::Invalid)?;
+        let report = &self.report;
+        if !report.available() {
+            return Err(CreateError::Unavailable(report.why_not(Feature::Setpriv).into()));
+        }
+        let need = |feature: Feature, what: &str| {
+            if report.can(feature) {
+                return Ok(());
+            }
+            Err(CreateError::NotSupported(format!("{what} is not available: {}", report.why_not(feature))))
+        };
+        match options.uid_mode {
+            UidMode::Userns => need(Feature::Userns, "uid_mode userns")?,
+            UidMode::Setpriv => {
+                need(Feature::Setpriv, "uid_mode setpriv")?;
+                if options.uid.is_some_and(|uid| uid != 0) || options.gid.is_some_and(|gid| gid != 0) {
+                    need(Feature::IdentitySwitch, "another uid or gid")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn take_place(self: &Arc<Self>) -> Result<Place, CreateError> {
+        let max = self.foundation.config.session.sessions_max;
+        let taken = self.taken.fetch_add(1, Ordering::AcqRel);
+        let place = Place(Arc::clone(self));
+        if taken < max { Ok(place) } else { Err(CreateError::TooMany(max)) }
+    }
+
+    fn build(&self, id: SessionId, options: &SessionOptions) -> Result<Built, CreateError> {
+        let name = id.to_string();
+        let Prepared { spec, uppers, effective } = prepare(&self.foundation, &name, options)?;
+        let cgroup = self.cgroups.as_ref().map(|tree| tree.sandbox(&name)).transpose()?.map(Arc::new);
+        let guard = CgroupGuard(cgroup.clone());
+        let answer_max = Duration::from_millis(self.foundation.config.session.shell_start_max_ms);
+        let launcher_generation = self.launcher.generation();
+        let (shell, sandbox, timings) = Shell::launch(&self.launcher, spec, cgroup.clone(), answer_max)?;
+        std::mem::forget(guard);
+        tracing::info!(
+            session = %id,
+            clone_us = timings.clone_us,
+            assembled_us = timings.assembled_us,
+            exec_us = timings.exec_us,
+            ready_us = timings.ready_us,
+            "session created"
+        );
+        let resources = Resources { sandbox, cgroup, uppers };
+        Ok(Built { shell, resources, effective, launcher_generation })
+    }
+
+    fn admit(self: &Arc<Self>, id: SessionId, built: Built, place: Place) -> Result<Arc<Session>, CreateError> {
+        let Built { mut shell, resources, effective, launcher_generation } = built;
+        shell.io = shell.io.register()?;
+        let config = self.foundation.config.session.clone();
+        let (runs, run_receiver) = mpsc::channel(config.waiting_runs_max);
+        let (stop, stop_receiver) = watch::channel(false);
+        let (alive, gone) = watch::channel(());
+        let now = SystemTime::now();
+        let life =
+            Life { state: State::Active, last_run_at: now, idle_since: Instant::now(), running: false };
+        let session = Arc::new(Session {
+            id,
+            options: effective.clone(),
+            created_at: now,
+            registry: Arc::downgrade(self),
+            launcher_generation,
+            runs,
+            stop,
+            life: Mutex::new(life),
+        });
+        let task = Task {
+            session: Arc::clone(&session),
+            config,
+            options: effective,
+            shell: Some(shell),
+            resources: Some(resources),
+            runs: run_receiver,
+            stop: stop_receiver,
+        };
+        self.sessions().insert(id, Entry { session: Arc::clone(&session), gone });
+        tokio::spawn(async move {
+            task.live().await;
+            drop(place);
+            drop(alive);
+        });
+        Ok(session)
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, Entry>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A session that is built and not yet listed. Dropping it releases everything.
+struct Built {
+    shell: Shell,
+    resources: Resources,
+    effective: SessionOptions,
+    launcher_generation: u64,
+}
+
+/// Removes the cgroup of a creation that failed.
+struct CgroupGuard(Option<Arc<crate::sandbox::cgroup::Cgroup>>);
+
+impl Drop for CgroupGuard {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.0.as_ref().map(|cgroup| cgroup.remove()) {
+            tracing::error!(%error, "the cgroup of a failed session could not be removed");
+        }
+    }
+}
+
+async fn wait_gone(mut gone: watch::Receiver<()>, timeout: Duration) -> Result<(), DeleteError> {
+    // The sender is never used, only dropped.
+    match tokio::time::timeout(timeout, gone.changed()).await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(DeleteError::Stuck),
+    }
+}

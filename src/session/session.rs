@@ -1,0 +1,146 @@
+//! A session as everybody but its own task sees it.
+
+use super::options::SessionOptions;
+use super::registry::Registry;
+use super::run::{EVENTS_MAX, Run, RunEvent, RunSpec};
+use super::state::State;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::time::SystemTime;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+/// The name of a session; a UUID, because the SDK's file adapter insists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(pub Uuid);
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A session.
+#[derive(Debug)]
+pub struct Session {
+    /// Its name.
+    pub id: SessionId,
+    /// What it was created with, paths resolved.
+    pub options: SessionOptions,
+    /// When it was created.
+    pub created_at: SystemTime,
+    pub(super) registry: Weak<Registry>,
+    /// The launcher it was forked by.
+    pub(super) launcher_generation: u64,
+    pub(super) runs: mpsc::Sender<Run>,
+    pub(super) stop: watch::Sender<bool>,
+    pub(super) life: Mutex<Life>,
+}
+
+#[derive(Debug)]
+pub(super) struct Life {
+    pub(super) state: State,
+    pub(super) last_run_at: SystemTime,
+    pub(super) idle_since: Instant,
+    pub(super) running: bool,
+}
+
+/// Why a run is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RunRefused {
+    /// As many wait as may.
+    #[error("{0} runs wait for this session already")]
+    TooMany(usize),
+    /// The session is dead; the text says of what.
+    #[error("isolated session is not active: {0}")]
+    Dead(String),
+}
+
+impl Session {
+    /// Queues a run. Its events arrive on the receiver; dropping that stops it.
+    ///
+    /// # Errors
+    /// See [`RunRefused`].
+    pub fn run(&self, spec: RunSpec) -> Result<mpsc::Receiver<RunEvent>, RunRefused> {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        match self.runs.try_send(Run { spec, events }) {
+            Ok(()) => Ok(receiver),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(RunRefused::TooMany(self.runs.max_capacity())),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(RunRefused::Dead(self.reason())),
+        }
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> State {
+        self.life().state.clone()
+    }
+
+    /// When its last run began or ended; its creation, before the first.
+    pub fn last_run_at(&self) -> SystemTime {
+        self.life().last_run_at
+    }
+
+    /// Seconds until it is deleted for being idle; `None` without an idle timeout.
+    pub fn idle_remaining_seconds(&self) -> Option<u64> {
+        let timeout = self.options.idle_timeout?;
+        let life = self.life();
+        let idle = if life.running { std::time::Duration::ZERO } else { life.idle_since.elapsed() };
+        Some(timeout.saturating_sub(idle).as_secs())
+    }
+
+    fn reason(&self) -> String {
+        match self.state() {
+            State::Dead { reason } => reason,
+            State::Active | State::Destroyed => "it is being deleted".into(),
+        }
+    }
+
+    pub(super) fn stop(&self) {
+        self.stop.send_replace(true);
+    }
+
+    pub(super) fn die(&self, reason: String) {
+        let mut life = self.life();
+        life.state = std::mem::replace(&mut life.state, State::Destroyed).die(reason);
+    }
+
+    /// Takes it out of the registry; its task has nothing left to do.
+    pub(super) fn forget(&self) {
+        self.life().state = State::Destroyed;
+        if let Some(registry) = self.registry.upgrade() {
+            registry.forget(self.id);
+        }
+    }
+
+    pub(super) fn run_begins(&self) {
+        let mut life = self.life();
+        life.running = true;
+        life.last_run_at = SystemTime::now();
+    }
+
+    pub(super) fn run_ends(&self) {
+        let mut life = self.life();
+        life.running = false;
+        life.last_run_at = SystemTime::now();
+        life.idle_since = Instant::now();
+    }
+
+    pub(super) fn idle_since(&self) -> Instant {
+        self.life().idle_since
+    }
+
+    /// What to say when the sandbox is suddenly gone.
+    pub(super) fn why_gone(&self) -> String {
+        match self.registry.upgrade() {
+            Some(registry) if registry.launcher_generation() != self.launcher_generation => {
+                "the launcher was lost".into()
+            }
+            _ => "its first process was killed".into(),
+        }
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

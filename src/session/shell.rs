@@ -1,0 +1,411 @@
+//! The session's shell: how it is started, asked to run code, interrupted and replaced.
+//!
+//! Nothing is inherited by the shell but three streams: a script pipe of one page as standard input, the null
+//! device, and a diagnostics pipe. For a run the daemon puts the code and its input into the control
+//! directory and sends one line ([`super::dialect`]). A run ends at the first of three signs:
+//!
+//! 1. the status report with the run's token arrives;
+//! 2. init reports that the shell has ended;
+//! 3. the script pipe is empty, which means the shell read the extra newline behind the line and is back at
+//!    its prompt without having reported: it is lost, and is replaced.
+//!
+//! The processes of a run are those of the shell's cgroup leaf. A run that leaves processes behind keeps the
+//! leaf and the shell moves on to a new one, so a later kill never hits them. Where there is no cgroup tree,
+//! the shell's descendants stand in for the leaf, which is not exact.
+
+use super::control::ControlDir;
+use super::dialect::{self, Carried, Dialect, INTERRUPT_SIGNAL, name};
+use super::shell_io::ShellIo;
+use crate::sandbox::cgroup::Cgroup;
+use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox, Started};
+use crate::sandbox::launcher::Launcher;
+use crate::sandbox::spec::SandboxSpec;
+use execd_init_shim::messages::ExitStatus;
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const SIGINT: i32 = 2;
+const SIGKILL: i32 = 9;
+const SIGCONT: i32 = 18;
+/// What is kept of a shell's own complaints, for a message.
+const DIAGNOSTICS_BYTES_MAX: usize = 1024;
+
+/// The present shell of a session.
+#[derive(Debug)]
+pub(super) struct Shell {
+    sandbox: Arc<Sandbox>,
+    pub(super) io: ShellIo,
+    process: Process,
+    cgroup: Option<Arc<Cgroup>>,
+    leaves: u32,
+}
+
+#[derive(Debug)]
+struct Process {
+    dialect: Dialect,
+    id: u32,
+    pidfd: OwnedFd,
+    /// As the daemon numbers it.
+    pid: i32,
+    leaf: Option<Cgroup>,
+    diagnostics: OwnedFd,
+    /// Set once init has reported its end.
+    ended: Option<ExitStatus>,
+}
+
+/// What has become of the shell, in the middle of a run or idle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sign {
+    /// The run reported this status.
+    Reported(i32),
+    /// The shell has ended.
+    Ended(ExitStatus),
+    /// The shell is at its prompt and has not reported.
+    Lost,
+    /// The whole sandbox is gone.
+    SandboxGone,
+}
+
+/// Why there is no shell.
+#[derive(Debug, thiserror::Error)]
+pub enum ShellError {
+    /// The sandbox or the program.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The daemon's own side.
+    #[error("set up the shell")]
+    Io(#[from] io::Error),
+    /// It started and does not answer.
+    #[error("the shell did not answer within {} ms{diagnostics}", .waited.as_millis())]
+    Silent {
+        /// How long it was waited for.
+        waited: Duration,
+        /// What it said.
+        diagnostics: String,
+    },
+    /// It started and ended at once.
+    #[error("the shell ended with {status:?}{diagnostics}")]
+    Ended {
+        /// How.
+        status: ExitStatus,
+        /// What it said.
+        diagnostics: String,
+    },
+}
+
+/// The descriptors a shell is born with, and the daemon's ends of them.
+struct Streams {
+    stdin: OwnedFd,
+    null: OwnedFd,
+    stderr: OwnedFd,
+    script: OwnedFd,
+    diagnostics: OwnedFd,
+}
+
+impl Streams {
+    fn new() -> io::Result<Self> {
+        let (stdin, script) = pipe_with(PipeFlags::CLOEXEC)?;
+        fcntl_setpipe_size(&script, rustix::param::page_size())?;
+        set_nonblocking(&script)?;
+        // Nobody drains the diagnostics, so the shell must not block on them either.
+        let (diagnostics, stderr) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let null = std::fs::OpenOptions::new().write(true).open("/dev/null")?.into();
+        Ok(Self { stdin, null, stderr, script, diagnostics })
+    }
+
+    fn borrow(&self) -> [BorrowedFd<'_>; 3] {
+        [self.stdin.as_fd(), self.null.as_fd(), self.stderr.as_fd()]
+    }
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+    Ok(fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?)
+}
+
+impl Shell {
+    /// Launches a sandbox with a shell as its first program, and waits until the shell answers. Blocks.
+    pub(super) fn launch(
+        launcher: &Launcher,
+        spec: SandboxSpec,
+        cgroup: Option<Arc<Cgroup>>,
+        answer_max: Duration,
+    ) -> Result<(Self, Arc<Sandbox>, Timings), ShellError> {
+        let streams = Streams::new()?;
+        let leaf = cgroup.as_ref().map(|cgroup| cgroup.leaf(0)).transpose()?;
+        let start = ProgramStart {
+            commands: dialect::commands(),
+            streams: streams.borrow(),
+            cgroup: leaf.as_ref().map(AsFd::as_fd),
+        };
+        let began = Instant::now();
+        let (mut sandbox, started) =
+            Sandbox::launch(launcher, spec, cgroup.as_ref().map(|cgroup| cgroup.as_fd()), start)?;
+        let control = sandbox.control.take().ok_or_else(|| io::Error::other("no control directory"))?;
+        let sandbox = Arc::new(sandbox);
+        let timings = Timings {
+            clone_us: sandbox.clone_us,
+            assembled_us: sandbox.assembled_us,
+            exec_us: started.since_clone_us,
+            ready_us: 0,
+        };
+        let io = ShellIo::new(ControlDir::new(control), (*sandbox).as_fd())?;
+        let Streams { script, diagnostics, .. } = streams;
+        let process = Process::new(started, leaf, diagnostics)?;
+        let mut shell = Self { sandbox: Arc::clone(&sandbox), io, process, cgroup, leaves: 1 };
+        shell.boot(script, None, answer_max)?;
+        let ready_us = began.elapsed().as_micros() as u32;
+        Ok((shell, sandbox, Timings { ready_us, ..timings }))
+    }
+
+    /// Replaces the shell by a new one that goes on where the old one could still say it was. Blocks.
+    pub(super) fn replace(&mut self, answer_max: Duration) -> Result<(), ShellError> {
+        self.kill_shell();
+        let carried = Carried::parse(&self.io.take_state());
+        match self.start(carried.as_ref(), answer_max) {
+            // What was carried over can be what keeps the new shell from answering.
+            Err(ShellError::Silent { .. } | ShellError::Ended { .. }) if carried.is_some() => {
+                self.kill_shell();
+                self.start(None, answer_max)
+            }
+            other => other,
+        }
+    }
+
+    fn start(&mut self, carried: Option<&Carried>, answer_max: Duration) -> Result<(), ShellError> {
+        let streams = Streams::new()?;
+        let leaf = self.new_leaf()?;
+        let started = self.sandbox.start(ProgramStart {
+            commands: dialect::commands(),
+            streams: streams.borrow(),
+            cgroup: leaf.as_ref().map(AsFd::as_fd),
+        })?;
+        let Streams { script, diagnostics, .. } = streams;
+        self.process = Process::new(started, leaf, diagnostics)?;
+        self.boot(script, carried, answer_max)
+    }
+
+    fn boot(
+        &mut self,
+        script: OwnedFd,
+        carried: Option<&Carried>,
+        answer_max: Duration,
+    ) -> Result<(), ShellError> {
+        let dialect = self.process.dialect;
+        self.io.control().put(name::BOOT, dialect.boot_script(carried).as_bytes())?;
+        self.io.attach(script)?;
+        let token = token();
+        self.io.send(&dialect.boot_line(&token));
+        let deadline = Instant::now() + answer_max;
+        loop {
+            match self.sign(&token) {
+                Some(Sign::Reported(_)) => return Ok(()),
+                Some(Sign::Ended(status)) => {
+                    return Err(ShellError::Ended { status, diagnostics: self.process.complaints() });
+                }
+                Some(Sign::SandboxGone) => return Err(LaunchError::InitLost.into()),
+                Some(Sign::Lost) | None => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ShellError::Silent {
+                    waited: answer_max,
+                    diagnostics: self.process.complaints(),
+                });
+            }
+            self.io.wait_blocking(left)?;
+        }
+    }
+
+    /// Hands the code to the shell and returns the token of its report.
+    pub(super) fn begin(
+        &mut self,
+        code: &str,
+        stdin: Option<&[u8]>,
+        envs: &[(String, String)],
+    ) -> io::Result<String> {
+        let control = self.io.control();
+        control.put(name::CODE, code.as_bytes())?;
+        if let Some(stdin) = stdin {
+            control.put(name::INPUT, stdin)?;
+        }
+        let token = token();
+        self.io.send(&self.process.dialect.run_line(&token, envs));
+        Ok(token)
+    }
+
+    /// What has happened, if anything has; call after each [`ShellIo::wait`].
+    pub(super) fn sign(&mut self, token: &str) -> Option<Sign> {
+        if let Some(status) = self.io.reported(token) {
+            return Some(Sign::Reported(status));
+        }
+        while self.io.sandbox_spoke {
+            match self.sandbox.next_exit() {
+                Exit::Program(id, status) if id == self.process.id => self.process.ended = Some(status),
+                Exit::Program(..) => {}
+                Exit::Sandbox => return Some(Sign::SandboxGone),
+                Exit::None => self.io.sandbox_spoke = false,
+            }
+        }
+        if let Some(status) = self.process.ended {
+            // A shell that reported and then died has reported.
+            self.io.refresh_status();
+            return Some(self.io.reported(token).map_or(Sign::Ended(status), Sign::Reported));
+        }
+        (self.io.at_prompt && self.process.dialect == Dialect::Bash).then_some(Sign::Lost)
+    }
+
+    /// What is over with the shell while nothing runs.
+    pub(super) fn idle_sign(&mut self) -> Option<Sign> {
+        match self.sign("") {
+            Some(Sign::Lost | Sign::Reported(_)) | None => None,
+            other => other,
+        }
+    }
+
+    /// After a run: its background processes keep its pipes and its leaf.
+    pub(super) fn end_run(&mut self, had_stdin: bool) -> io::Result<()> {
+        if had_stdin {
+            self.io.control().put(name::INPUT, b"")?;
+        }
+        self.io.retire_held_pipes()?;
+        let left_processes = match &self.process.leaf {
+            Some(leaf) => leaf.processes()?.iter().any(|pid| *pid != self.process.pid),
+            None => false,
+        };
+        if left_processes && self.process.ended.is_none() { self.move_shell_out() } else { Ok(()) }
+    }
+
+    /// Asks a run to end: the shell by a signal whose trap leaves the code, its processes by SIGINT.
+    pub(super) fn interrupt(&self) {
+        let process = &self.process;
+        self.signal_run(SIGINT);
+        if process.dialect == Dialect::Bash {
+            let _ = execd_sys::send_signal(process.pidfd.as_fd(), INTERRUPT_SIGNAL);
+        }
+    }
+
+    /// Kills the processes of a run, those included that ignore signals, are stopped or detached themselves,
+    /// and leaves the shell to report.
+    pub(super) fn kill_run(&mut self) {
+        // A stopped shell could not even report.
+        let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), SIGCONT);
+        match self.process.leaf.is_some() {
+            true => {
+                let old = self.move_shell_out_keeping();
+                if let Err(error) = old.and_then(|leaf| leaf.map_or(Ok(()), |leaf| leaf.kill())) {
+                    tracing::warn!(%error, "cgroup.kill failed; killing one by one");
+                    self.signal_run(SIGKILL);
+                }
+            }
+            false => self.signal_run(SIGKILL),
+        }
+    }
+
+    /// Kills the shell itself.
+    pub(super) fn kill_shell(&mut self) {
+        self.io.detach();
+        let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), SIGKILL);
+    }
+
+    fn new_leaf(&mut self) -> io::Result<Option<Cgroup>> {
+        let number = self.leaves;
+        self.leaves += 1;
+        self.cgroup.as_ref().map(|cgroup| cgroup.leaf(number)).transpose()
+    }
+
+    fn move_shell_out(&mut self) -> io::Result<()> {
+        self.move_shell_out_keeping().map(drop)
+    }
+
+    /// Moves the shell to a leaf of its own and returns the one it left.
+    fn move_shell_out_keeping(&mut self) -> io::Result<Option<Cgroup>> {
+        let Some(leaf) = self.new_leaf()? else { return Ok(None) };
+        match leaf.adopt(self.process.pid) {
+            Ok(()) => Ok(self.process.leaf.replace(leaf)),
+            // The shell is dead, and a leaf without it is what was wanted.
+            Err(error) if error.raw_os_error() == Some(3) => Ok(self.process.leaf.take()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sends a signal to the run's processes other than the shell. A pid is only a hint until a pidfd holds
+    /// it: membership is looked up again after opening, so a reused number is never hit.
+    fn signal_run(&self, signal: i32) {
+        let members = || match &self.process.leaf {
+            Some(leaf) => leaf.processes().unwrap_or_default(),
+            None => descendants(self.process.pid),
+        };
+        let held: Vec<(i32, OwnedFd)> = members()
+            .into_iter()
+            .filter(|pid| *pid != self.process.pid)
+            .filter_map(|pid| Some((pid, pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?)))
+            .collect();
+        let still = members();
+        for (_, pidfd) in held.iter().filter(|(pid, _)| still.contains(pid)) {
+            let _ = execd_sys::send_signal(pidfd.as_fd(), signal);
+        }
+    }
+}
+
+impl Process {
+    fn new(started: Started, leaf: Option<Cgroup>, diagnostics: OwnedFd) -> io::Result<Self> {
+        let dialect = dialect::of_command(started.command);
+        let pid = pid_of(&started.pidfd)?;
+        Ok(Self { dialect, id: started.id, pidfd: started.pidfd, pid, leaf, diagnostics, ended: None })
+    }
+
+    /// The beginning of what the shell wrote to its own standard error.
+    fn complaints(&self) -> String {
+        let mut text = vec![0; DIAGNOSTICS_BYTES_MAX];
+        match rustix::io::read(&self.diagnostics, &mut text) {
+            Ok(length @ 1..) => {
+                format!(": {}", String::from_utf8_lossy(text.get(..length).unwrap_or_default()).trim())
+            }
+            _ => String::new(),
+        }
+    }
+}
+
+/// How long the steps of a launch took; microseconds from before the clone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timings {
+    /// The clone itself.
+    pub(super) clone_us: u32,
+    /// All mounts in place.
+    pub(super) assembled_us: u32,
+    /// The shell executed.
+    pub(super) exec_us: u32,
+    /// The shell answered.
+    pub(super) ready_us: u32,
+}
+
+fn token() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
+/// The pid behind a pidfd, as this process numbers it (proc_pid_fdinfo(5)).
+fn pid_of(pidfd: &OwnedFd) -> io::Result<i32> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    info.lines()
+        .find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok())
+        .ok_or_else(|| io::Error::other("fdinfo of a pidfd has no pid"))
+}
+
+/// All processes below `pid` that did not lose their parents.
+fn descendants(pid: i32) -> Vec<i32> {
+    let mut found = Vec::new();
+    let mut open = vec![pid];
+    while let Some(pid) = open.pop() {
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        let children: Vec<i32> = children.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        found.extend(&children);
+        open.extend(children);
+    }
+    found
+}

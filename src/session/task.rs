@@ -1,0 +1,356 @@
+//! The task that owns a session: it alone talks to the shell. Everybody else sends it runs, or tells it to
+//! stop.
+
+use super::options::SessionOptions;
+use super::run::{End, Report, Run, RunEvent, RunSpec};
+use super::session::Session;
+use super::shell::{Shell, ShellError, Sign};
+use super::shell_io::{ShellIo, Stream};
+use crate::config;
+use crate::sandbox::cgroup::Cgroup;
+use crate::sandbox::launch::Sandbox;
+use crate::workspace::uppers::SessionUppers;
+use bytes::Bytes;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+/// How long the processes of a sandbox may take to be gone.
+const DESTROY_MAX: Duration = Duration::from_secs(10);
+/// How long a dead session stays listed.
+const DEAD_KEPT: Duration = Duration::from_secs(60);
+/// How long a shell may take to report once the processes of its run are killed.
+const REPORT_AFTER_KILL_MAX: Duration = Duration::from_millis(100);
+/// For a deadline that is none.
+const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Everything a session holds in the kernel. Dropping it releases it in this order: processes, mounts, cgroup,
+/// uppers. Blocks.
+#[derive(Debug)]
+pub(super) struct Resources {
+    pub(super) sandbox: Arc<Sandbox>,
+    pub(super) cgroup: Option<Arc<Cgroup>>,
+    pub(super) uppers: Option<SessionUppers>,
+}
+
+impl Drop for Resources {
+    fn drop(&mut self) {
+        if let Err(error) = self.sandbox.destroy(DESTROY_MAX) {
+            tracing::error!(init = self.sandbox.pid, %error, "processes of a session are stuck");
+        }
+        if let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.remove()) {
+            tracing::error!(%error, "the cgroup of a session could not be removed");
+        }
+        // The uppers go last, as a field.
+        let _ = self.uppers.take();
+    }
+}
+
+/// The task's state.
+pub(super) struct Task {
+    pub(super) session: Arc<Session>,
+    pub(super) config: config::Session,
+    pub(super) options: SessionOptions,
+    pub(super) shell: Option<Shell>,
+    pub(super) resources: Option<Resources>,
+    pub(super) runs: mpsc::Receiver<Run>,
+    pub(super) stop: watch::Receiver<bool>,
+}
+
+/// What the task turns to next.
+enum Next {
+    Run(Run),
+    Attend(io::Result<()>),
+    Expire,
+    End,
+}
+
+/// Resolves once the session is told to end.
+async fn told_to(stop: &mut watch::Receiver<bool>) {
+    // An error means that the session itself is gone, which is the same.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// Why a run is being stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    TimedOut(Duration),
+    Cancelled,
+}
+
+/// How far the stopping of a run has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stopping {
+    No,
+    Interrupted(Cause),
+    Killed(Cause),
+    ShellKilled(Cause),
+}
+
+impl Stopping {
+    fn cause(self) -> Option<Cause> {
+        match self {
+            Self::No => None,
+            Self::Interrupted(cause) | Self::Killed(cause) | Self::ShellKilled(cause) => Some(cause),
+        }
+    }
+}
+
+impl Task {
+    /// Lives as long as the session does.
+    pub(super) async fn live(mut self) {
+        let reason = self.serve().await;
+        if let Some(reason) = reason {
+            tracing::warn!(session = %self.session.id, reason, "session died");
+            self.session.die(reason);
+        }
+        self.release().await;
+        if !self.stopped() {
+            self.stay_listed().await;
+        }
+        self.session.forget();
+    }
+
+    fn stopped(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Runs code until the session is to end; the reason, when it ends by itself.
+    async fn serve(&mut self) -> Option<String> {
+        loop {
+            let idle_until = self.idle_deadline();
+            let Some(shell) = &mut self.shell else { return Some("it has no shell".into()) };
+            let next = tokio::select! {
+                biased;
+                () = told_to(&mut self.stop) => Next::End,
+                run = self.runs.recv() => run.map_or(Next::End, Next::Run),
+                waited = shell.io.wait() => Next::Attend(waited),
+                () = sleep_until(idle_until) => Next::Expire,
+            };
+            let failed = match next {
+                Next::End => return None,
+                Next::Run(run) => self.run(run).await.err(),
+                Next::Attend(Ok(())) => self.attend().await,
+                Next::Attend(Err(error)) => Some(format!("its descriptors failed: {error}")),
+                Next::Expire => {
+                    tracing::info!(session = %self.session.id, "session idle for too long");
+                    return None;
+                }
+            };
+            if failed.is_some() {
+                return failed;
+            }
+        }
+    }
+
+    fn idle_deadline(&self) -> Instant {
+        self.session.idle_since() + self.options.idle_timeout.unwrap_or(FAR)
+    }
+
+    /// Reacts to something that happened while nothing ran.
+    async fn attend(&mut self) -> Option<String> {
+        match self.shell.as_mut()?.idle_sign()? {
+            Sign::SandboxGone => Some(self.session.why_gone()),
+            Sign::Ended(status) => {
+                tracing::info!(session = %self.session.id, ?status, "the idle shell ended; replacing it");
+                self.replace_shell().await.err()
+            }
+            Sign::Reported(_) | Sign::Lost => None,
+        }
+    }
+
+    /// One run, from code to report. An error means the session cannot go on.
+    async fn run(&mut self, run: Run) -> Result<(), String> {
+        let Run { spec, events } = run;
+        if events.is_closed() {
+            return Ok(());
+        }
+        self.session.run_begins();
+        let began = Instant::now();
+        let end = match &mut self.shell {
+            Some(shell) => conduct(shell, &spec, &events, &mut self.stop, &self.config).await,
+            None => End::Failed,
+        };
+        let report = Report { end, took: began.elapsed() };
+        let tidied = match &mut self.shell {
+            Some(shell) => shell.end_run(spec.stdin.is_some()),
+            None => Ok(()),
+        };
+        self.session.run_ends();
+        // There is room: whoever reads a run may be slow, but a deleted session does not wait for it.
+        tokio::select! {
+            _ = events.send(RunEvent::End(report)) => {}
+            () = told_to(&mut self.stop) => { let _ = events.try_send(RunEvent::End(report)); }
+        }
+        drop(events);
+        self.after_run(report.end, tidied).await
+    }
+
+    async fn after_run(&mut self, end: End, tidied: io::Result<()>) -> Result<(), String> {
+        if self.stopped() {
+            return Ok(());
+        }
+        let Some(shell) = &mut self.shell else { return Err("it has no shell".into()) };
+        let gone = match (end, tidied) {
+            (End::SessionEnded, _) => return Err(self.session.why_gone()),
+            (End::Failed | End::ShellEnded(_) | End::ShellLost, _) => true,
+            (_, Err(error)) => {
+                tracing::warn!(session = %self.session.id, %error, "tidying up after a run failed");
+                true
+            }
+            (End::Status(_) | End::TimedOut(_) | End::Cancelled, Ok(())) => {
+                matches!(shell.idle_sign(), Some(Sign::Ended(_)))
+            }
+        };
+        if gone { self.replace_shell().await } else { Ok(()) }
+    }
+
+    async fn replace_shell(&mut self) -> Result<(), String> {
+        let Some(mut shell) = self.shell.take() else { return Err("it has no shell".into()) };
+        let answer_max = Duration::from_millis(self.config.shell_start_max_ms);
+        let replaced = tokio::task::spawn_blocking(move || {
+            let outcome = shell.replace(answer_max);
+            (shell, outcome)
+        });
+        match replaced.await {
+            Ok((shell, outcome)) => {
+                self.shell = Some(shell);
+                outcome.map_err(|error: ShellError| match error {
+                    ShellError::Launch(crate::sandbox::launch::LaunchError::InitLost) => {
+                        self.session.why_gone()
+                    }
+                    other => format!("no new shell: {other}"),
+                })
+            }
+            Err(error) => Err(format!("no new shell: {error}")),
+        }
+    }
+
+    /// Ends everything inside and waits until nothing is left.
+    async fn release(&mut self) {
+        self.runs.close();
+        let shell = self.shell.take();
+        let resources = self.resources.take();
+        let released = tokio::task::spawn_blocking(move || {
+            drop(resources);
+            drop(shell);
+        });
+        if let Err(error) = released.await {
+            tracing::error!(session = %self.session.id, %error, "releasing a session failed");
+        }
+    }
+
+    /// A dead session stays visible for a while, and answers runs that were waiting or still come.
+    async fn stay_listed(&mut self) {
+        let until = Instant::now() + DEAD_KEPT;
+        tokio::select! {
+            () = told_to(&mut self.stop) => {}
+            () = sleep_until(until) => {}
+        }
+    }
+}
+
+/// Gives the code to the shell and carries events until the run is over.
+async fn conduct(
+    shell: &mut Shell,
+    spec: &RunSpec,
+    events: &mpsc::Sender<RunEvent>,
+    stop: &mut watch::Receiver<bool>,
+    config: &config::Session,
+) -> End {
+    let token = match shell.begin(&spec.code, spec.stdin.as_deref(), &spec.envs) {
+        Ok(token) => token,
+        Err(error) => {
+            tracing::error!(%error, "a run could not be handed to its shell");
+            return End::Failed;
+        }
+    };
+    let grace = Duration::from_millis(config.interrupt_grace_ms);
+    let mut stopping = Stopping::No;
+    let mut deadline = Instant::now() + spec.timeout.unwrap_or(FAR);
+    let sign = loop {
+        if let Some(sign) = shell.sign(&token) {
+            break sign;
+        }
+        // Output that nobody will read any more is not waited for.
+        let reading = !matches!(stopping.cause(), Some(Cause::Cancelled));
+        tokio::select! {
+            biased;
+            () = told_to(stop) => return End::SessionEnded,
+            () = sleep_until(deadline) => {
+                (stopping, deadline) = escalate(shell, stopping, spec, grace);
+            }
+            () = events.closed(), if stopping == Stopping::No => {
+                shell.interrupt();
+                stopping = Stopping::Interrupted(Cause::Cancelled);
+                deadline = Instant::now() + grace;
+            }
+            permit = events.reserve(), if reading && shell.io.has_output() => {
+                match (permit, shell.io.read_output()) {
+                    (Ok(permit), Some((stream, chunk))) => permit.send(RunEvent::Output(stream, chunk)),
+                    (Ok(_), None) | (Err(_), _) => {}
+                }
+            }
+            waited = shell.io.wait() => {
+                if let Err(error) = waited {
+                    tracing::error!(%error, "waiting for a shell failed");
+                    return End::Failed;
+                }
+            }
+        }
+    };
+    drain(&mut shell.io, events, stop).await;
+    match (sign, stopping.cause()) {
+        (Sign::SandboxGone, _) => End::SessionEnded,
+        (_, Some(Cause::TimedOut(limit))) => End::TimedOut(limit),
+        (_, Some(Cause::Cancelled)) => End::Cancelled,
+        (Sign::Reported(status), None) => End::Status(status),
+        (Sign::Ended(status), None) => End::ShellEnded(status),
+        (Sign::Lost, None) => End::ShellLost,
+    }
+}
+
+/// The next step of stopping a run, and when the one after that is due.
+fn escalate(
+    shell: &mut Shell,
+    stopping: Stopping,
+    spec: &RunSpec,
+    grace: Duration,
+) -> (Stopping, Instant) {
+    match stopping {
+        Stopping::No => {
+            shell.interrupt();
+            let cause = Cause::TimedOut(spec.timeout.unwrap_or_default());
+            (Stopping::Interrupted(cause), Instant::now() + grace)
+        }
+        Stopping::Interrupted(cause) => {
+            shell.kill_run();
+            (Stopping::Killed(cause), Instant::now() + REPORT_AFTER_KILL_MAX)
+        }
+        Stopping::Killed(cause) | Stopping::ShellKilled(cause) => {
+            shell.kill_shell();
+            (Stopping::ShellKilled(cause), Instant::now() + FAR)
+        }
+    }
+}
+
+/// Passes on what the run had written when it ended, and not a byte more: what comes later is from processes
+/// it left behind.
+async fn drain(io: &mut ShellIo, events: &mpsc::Sender<RunEvent>, stop: &mut watch::Receiver<bool>) {
+    let mut left = io.pending_bytes();
+    io.mark_readable();
+    while left > 0 && !events.is_closed() {
+        let Some((stream, chunk)): Option<(Stream, Bytes)> = io.read_output() else { return };
+        left = left.saturating_sub(chunk.len() as u64);
+        tokio::select! {
+            sent = events.send(RunEvent::Output(stream, chunk)) => {
+                if sent.is_err() {
+                    return;
+                }
+            }
+            () = told_to(stop) => return,
+        }
+    }
+}
