@@ -3,7 +3,10 @@
 
 pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod http;
 pub mod run_once;
 pub mod sandbox;
 pub mod session;
+pub mod telemetry;
 pub mod workspace;

@@ -12,7 +12,8 @@ fn main() -> ExitCode {
     }
     report(match Cli::parse_from(normalize(std::env::args())).command {
         Subcommands::Run(args) => execd::run_once::run(&args),
-        _ => Ok(0),
+        Subcommands::Serve(args) => execd::daemon::serve(&args),
+        Subcommands::Probe(args) => execd::daemon::print_probe(&args),
     })
 }
 

@@ -4,9 +4,9 @@
 
 use super::options::{Mount, MountMode, SessionOptions, UidMode};
 use super::prepare::{Foundation, prepare};
+use crate::sandbox::environment::Passthrough;
 use crate::sandbox::launch::{LaunchError, ProgramStart, Sandbox};
 use crate::sandbox::launcher::Launcher;
-use crate::sandbox::environment::Passthrough;
 use crate::sandbox::profile::Profile;
 use rustix::fd::AsFd;
 use std::fs::File;

@@ -221,7 +221,12 @@ impl Registry {
         Ok(Built { shell, resources, effective, launcher_generation })
     }
 
-    fn admit(self: &Arc<Self>, id: SessionId, built: Built, place: Place) -> Result<Arc<Session>, CreateError> {
+    fn admit(
+        self: &Arc<Self>,
+        id: SessionId,
+        built: Built,
+        place: Place,
+    ) -> Result<Arc<Session>, CreateError> {
         let Built { mut shell, resources, effective, launcher_generation } = built;
         shell.io = shell.io.register()?;
         let config = self.foundation.config.session.clone();

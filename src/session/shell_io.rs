@@ -317,12 +317,7 @@ impl ShellIo {
     fn retire(&mut self, fd: OwnedFd) -> io::Result<()> {
         let tag = self.next_tag;
         self.next_tag += 1;
-        epoll::modify(
-            self.epoll.as_fd(),
-            &fd,
-            EventData::new_u64(tag),
-            EventFlags::IN | EventFlags::ET,
-        )?;
+        epoll::modify(self.epoll.as_fd(), &fd, EventData::new_u64(tag), EventFlags::IN | EventFlags::ET)?;
         self.retired.push((tag, fd));
         if self.retired.len() > RETIRED_MAX {
             self.retired.remove(0);

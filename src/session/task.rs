@@ -313,12 +313,7 @@ async fn conduct(
 }
 
 /// The next step of stopping a run, and when the one after that is due.
-fn escalate(
-    shell: &mut Shell,
-    stopping: Stopping,
-    spec: &RunSpec,
-    grace: Duration,
-) -> (Stopping, Instant) {
+fn escalate(shell: &mut Shell, stopping: Stopping, spec: &RunSpec, grace: Duration) -> (Stopping, Instant) {
     match stopping {
         Stopping::No => {
             shell.interrupt();

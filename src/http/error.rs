@@ -1,0 +1,124 @@
+//! Failures as HTTP answers; the only file that knows status codes of failures.
+
+use crate::sandbox::launch::LaunchError;
+use crate::session::ShellError;
+use crate::session::options::OptionError;
+use crate::session::prepare::PrepareError;
+use crate::session::registry::{CreateError, DeleteError};
+use crate::session::run::RunId;
+use crate::session::session::{RunRefused, SessionId};
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+/// Everything a handler can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// No token, or a wrong one.
+    #[error("Unauthorized: invalid or missing header X-EXECD-ACCESS-TOKEN")]
+    Unauthorized,
+    /// The body is not the JSON that was expected.
+    #[error("{0}")]
+    Body(String),
+    /// The body is larger than allowed; bytes.
+    #[error("the body is larger than {0} bytes")]
+    TooLarge(usize),
+    /// A field makes no sense.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// There is no such session.
+    #[error("isolated session {0} not found")]
+    NoSession(String),
+    /// There is no such run.
+    #[error("run {} not found", .0.0)]
+    NoRun(RunId),
+    /// Not built yet.
+    #[error("{0} is not supported yet")]
+    NotYet(&'static str),
+    /// A session could not be created.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// A session could not be deleted.
+    #[error("isolated session {0}: {1}")]
+    Delete(SessionId, #[source] DeleteError),
+    /// A run was not taken.
+    #[error(transparent)]
+    Run(#[from] RunRefused),
+}
+
+impl ApiError {
+    /// Status and code (api 1.2).
+    fn class(&self) -> (StatusCode, &'static str) {
+        const INVALID: (StatusCode, &str) = (StatusCode::BAD_REQUEST, "INVALID_REQUEST_BODY");
+        const NOT_FOUND: (StatusCode, &str) = (StatusCode::NOT_FOUND, "SESSION_NOT_FOUND");
+        const NOT_SUPPORTED: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "NOT_SUPPORTED");
+        const UNAVAILABLE: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "SERVICE_UNAVAILABLE");
+        const FAILED: (StatusCode, &str) = (StatusCode::INTERNAL_SERVER_ERROR, "RUNTIME_ERROR");
+        const TOO_MANY: (StatusCode, &str) = (StatusCode::TOO_MANY_REQUESTS, "TOO_MANY_REQUESTS");
+        match self {
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED"),
+            Self::Body(_) => INVALID,
+            Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "INVALID_REQUEST_BODY"),
+            // As the original, which finds these while it builds the session.
+            Self::Option(error) if error.field == "profile" => (StatusCode::BAD_REQUEST, "RUNTIME_ERROR"),
+            Self::Option(_) => INVALID,
+            Self::NoSession(_) | Self::NoRun(_) => NOT_FOUND,
+            Self::NotYet(_) => NOT_SUPPORTED,
+            Self::Create(error) => match error {
+                CreateError::Unavailable(_) => UNAVAILABLE,
+                CreateError::NotSupported(_) => NOT_SUPPORTED,
+                CreateError::TooMany(_) => TOO_MANY,
+                CreateError::Prepare(PrepareError::Invalid(_)) => INVALID,
+                CreateError::Prepare(PrepareError::Path { .. }) => (StatusCode::BAD_REQUEST, "RUNTIME_ERROR"),
+                CreateError::Prepare(PrepareError::Upper(_)) | CreateError::Io(_) => FAILED,
+                CreateError::Shell(error) => match error {
+                    // Another launcher is on its way.
+                    ShellError::Launch(LaunchError::LauncherLost) => UNAVAILABLE,
+                    ShellError::Launch(
+                        LaunchError::Step(_)
+                        | LaunchError::InitLost
+                        | LaunchError::TimedOut
+                        | LaunchError::Io(_),
+                    )
+                    | ShellError::Io(_)
+                    | ShellError::Silent { .. }
+                    | ShellError::Ended { .. } => FAILED,
+                },
+            },
+            Self::Delete(_, DeleteError::Unknown) => NOT_FOUND,
+            Self::Delete(_, DeleteError::Stuck) => FAILED,
+            Self::Run(RunRefused::TooMany(_)) => TOO_MANY,
+            Self::Run(RunRefused::Dead(_)) => NOT_FOUND,
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, code) = self.class();
+        let message = with_causes(&self);
+        if status.is_server_error() {
+            tracing::error!(code, message, "request failed");
+        }
+        let body = match self {
+            // The original has this one key, and clients look for it.
+            Self::Unauthorized => json!({"error": message, "code": code, "message": message}),
+            _ => json!({"code": code, "message": message}),
+        };
+        (status, Json(body)).into_response()
+    }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}

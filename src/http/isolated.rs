@@ -1,0 +1,82 @@
+//! The routes of isolated sessions, `/v1/isolated/…`.
+
+use super::App;
+use super::dto::{
+    CapabilitiesResponse, CreateRequest, CreateResponse, ListResponse, RunRequest, StateResponse,
+};
+use super::error::ApiError;
+use super::events;
+use super::json::Json;
+use crate::session::run::RunId;
+use crate::session::session::{RunRefused, Session, SessionId};
+use axum::Router;
+use axum::extract::{FromRequest, Path, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// All of them.
+pub fn routes() -> Router<App> {
+    Router::new()
+        .route("/v1/isolated/capabilities", get(capabilities))
+        .route("/v1/isolated/sessions", get(list))
+        .route("/v1/isolated/session", post(create))
+        .route("/v1/isolated/session/{id}", get(show).delete(delete))
+        .route("/v1/isolated/session/{id}/run", post(run))
+}
+
+async fn capabilities(State(app): State<App>) -> impl IntoResponse {
+    let has_filter = !app.registry.foundation().filter.program.is_empty();
+    axum::Json(CapabilitiesResponse::new(app.registry.report(), has_filter))
+}
+
+async fn create(
+    State(app): State<App>,
+    Json(request): Json<CreateRequest>,
+) -> Result<impl IntoResponse, ApiError> {
+    let options = request.options(&app.registry.foundation().config.session)?;
+    let session = app.registry.create(options).await?;
+    Ok((StatusCode::CREATED, axum::Json(CreateResponse::from(&*session))))
+}
+
+async fn list(State(app): State<App>) -> impl IntoResponse {
+    let sessions = app.registry.list();
+    axum::Json(ListResponse { sessions: sessions.iter().map(|session| (&**session).into()).collect() })
+}
+
+async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<impl IntoResponse, ApiError> {
+    Ok(axum::Json(StateResponse::from(&*find(&app, &id)?)))
+}
+
+async fn delete(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let id = session_id(&id)?;
+    app.registry.delete(id).await.map_err(|error| ApiError::Delete(id, error))?;
+    Ok(StatusCode::OK)
+}
+
+async fn run(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
+    // Whether there is such a session comes first, whatever the body is like.
+    let session = find(&app, &id)?;
+    let Json(request) = Json::<RunRequest>::from_request(request, &app).await?;
+    if request.background == Some(true) {
+        return Err(ApiError::NotYet("a background run"));
+    }
+    let partial_output = request.partial_output == Some(true);
+    let ping_interval = Duration::from_secs(app.registry.foundation().config.http.ping_interval_seconds);
+    match session.run(request.spec()?) {
+        Ok(events) => Ok(events::respond(RunId(Uuid::new_v4()), events, partial_output, ping_interval)),
+        Err(error @ RunRefused::Dead(_)) => Ok(events::respond_dead(&error.to_string())),
+        Err(error @ RunRefused::TooMany(_)) => Err(error.into()),
+    }
+}
+
+fn session_id(id: &str) -> Result<SessionId, ApiError> {
+    Uuid::parse_str(id).map(SessionId).map_err(|_| ApiError::NoSession(id.to_owned()))
+}
+
+fn find(app: &App, id: &str) -> Result<Arc<Session>, ApiError> {
+    app.registry.get(session_id(id)?).ok_or_else(|| ApiError::NoSession(id.to_owned()))
+}

@@ -1,0 +1,65 @@
+//! JSON bodies, read as the original reads them: one value, unknown fields and trailing bytes ignored, no
+//! matter what Content-Type says.
+
+use super::App;
+use super::error::ApiError;
+use axum::extract::{FromRequest, Request};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+
+/// A decoded body.
+#[derive(Debug)]
+pub struct Json<T>(pub T);
+
+impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let bytes_max = app.registry.foundation().config.http.body_max_bytes;
+        let body = Limited::new(request.into_body(), bytes_max).collect().await.map_err(|error| {
+            if error.downcast_ref::<LengthLimitError>().is_some() {
+                ApiError::TooLarge(bytes_max)
+            } else {
+                ApiError::Body(format!("the body could not be read: {error}"))
+            }
+        })?;
+        decode(&body.to_bytes()).map(Self)
+    }
+}
+
+/// Decodes one value; an error names the field.
+///
+/// # Errors
+/// [`ApiError::Body`].
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        match path.as_str() {
+            "." => ApiError::Body(format!("invalid JSON body: {inner}")),
+            field => ApiError::Body(format!("{field}: {inner}")),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, serde::Deserialize, PartialEq)]
+    struct Body {
+        a: Option<u32>,
+        b: Option<Vec<String>>,
+    }
+
+    #[test]
+    fn lenient_where_clients_need_it_and_exact_about_the_field() {
+        let decode = |text: &str| decode::<Body>(text.as_bytes()).map_err(|error| error.to_string());
+        assert_eq!(decode(r#"{"a":null,"b":null,"x":{}} trailing"#), Ok(Body { a: None, b: None }));
+        assert!(decode(r#"{"a":-1}"#).unwrap_err().starts_with("a: "));
+        assert!(decode(r#"{"b":["x",1]}"#).unwrap_err().starts_with("b[1]: "));
+        assert!(decode("{").unwrap_err().contains("invalid JSON body"));
+        assert!(decode("").is_err() && decode("[1]").is_err());
+    }
+}

@@ -1,0 +1,53 @@
+//! The HTTP side: extract, validate, call, render. Nothing here that a command line tool would need.
+//!
+//! [`server`] accepts connections, [`auth`] and [`trace`] wrap every route, [`isolated`] has the routes of
+//! isolated sessions, [`dto`] their bodies, [`events`] the stream of a run. [`error`] is the only place that
+//! knows which failure is which status.
+
+pub mod auth;
+pub mod dto;
+pub mod error;
+pub mod events;
+pub mod isolated;
+pub mod json;
+pub mod server;
+pub mod trace;
+
+use crate::session::registry::Registry;
+use axum::Router;
+use axum::http::StatusCode;
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use std::sync::Arc;
+
+/// What every handler can reach.
+#[derive(Debug, Clone)]
+pub struct App {
+    /// All sessions.
+    pub registry: Arc<Registry>,
+    /// The shared secret; empty for none.
+    pub access_token: Arc<str>,
+}
+
+/// All routes.
+pub fn router(app: App) -> Router {
+    Router::new()
+        .merge(isolated::routes())
+        .layer(from_fn_with_state(app.clone(), auth::require_token))
+        // Whoever waits for execd to come up has no token yet.
+        .route("/ping", get(ping))
+        .fallback(unknown)
+        .method_not_allowed_fallback(unknown)
+        .layer(from_fn(trace::observe))
+        .with_state(app)
+}
+
+async fn ping() -> StatusCode {
+    StatusCode::OK
+}
+
+/// As the original: also for a known path with another method.
+async fn unknown() -> impl IntoResponse {
+    (StatusCode::NOT_FOUND, "404 page not found")
+}
