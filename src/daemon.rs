@@ -21,7 +21,8 @@ use tokio::sync::watch;
 
 /// How long sessions may take to end at shutdown.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
-/// Worker threads: handlers do little, and what blocks runs elsewhere.
+/// Worker threads are half the cores, up to this many. Handlers do little and what blocks runs elsewhere; more
+/// workers only add wake-ups between cores, which cost more than the work, and the sessions need cores too.
 const WORKERS_MAX: usize = 4;
 
 struct Machine {
@@ -83,7 +84,8 @@ pub fn serve(args: &ServeArgs) -> anyhow::Result<i32> {
             Some(reason) => tracing::warn!(check = check.name.title(), reason, "not available"),
         }
     }
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(WORKERS_MAX);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = (cores / 2).clamp(1, WORKERS_MAX);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers)
         .enable_all()

@@ -28,6 +28,8 @@ use std::path::PathBuf;
 /// When the sandbox cannot be built or the command not be started.
 pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     let proof = SingleThreaded::verify().context("execd run needs to be single-threaded")?;
+    // The sandbox inherits the actions, and Rust ignores SIGPIPE.
+    execd_sys::reset_signals();
     let foundation = foundation(args)?;
     let options = options(args)?;
     let mut prepared = prepare(&foundation, "run", &options)?;

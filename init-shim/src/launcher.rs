@@ -26,6 +26,8 @@ use std::time::Instant;
 pub fn serve() -> io::Result<()> {
     let proof = SingleThreaded::verify()?;
     set_parent_process_death_signal(Some(Signal::KILL))?;
+    // Forked processes inherit these actions, so none of them has to set them.
+    execd_sys::reset_signals();
     execd_sys::reap_automatically()?;
     lower_oom_score();
     // The socket moves off number 0, which every child needs for its own standard input.

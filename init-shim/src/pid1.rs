@@ -4,21 +4,24 @@
 //!
 //! 1. keep only the channel to the daemon; every other descriptor is closed (a forked init inherits the
 //!    launcher's, and then an end of file would never be seen)
-//! 2. ask to be killed with the launcher (`PR_SET_PDEATHSIG`); default signal actions
+//! 2. ask to be killed with the launcher (`PR_SET_PDEATHSIG`)
 //! 3. map ids, when born in a user namespace
 //! 4. cgroup namespace, network namespace, host name, session keyring, OOM score
 //! 5. mounts, and the new root (`mounts`)
 //! 6. become undumpable: nothing inside can trace it or read its memory, whatever its uid
-//! 7. report, with the descriptors of root, mount namespace and control directory
-//! 8. serve: start programs (`program`), report how they end, reap orphans
+//! 7. fork the first program, if it has been asked for already; it prepares itself and waits
+//! 8. detach the old root, and let the first program go
+//! 9. report, with the descriptors of root, mount namespace and control directory
+//! 10. serve: start programs (`program`), report how they end, reap orphans
 //!
 //! The process ends when the channel does, and the kernel then kills everything else in the PID namespace.
 //! It keeps its privileges, since each program's are cut down from them; nothing inside can reach it.
 
 use crate::Failure;
-use crate::channel::Channel;
+use crate::channel::{Channel, Received};
 use crate::failure::Call;
 use crate::messages::{Event, ExitStatus, IdMap, Network, Plan, Request};
+use crate::program::{Released, Waiting};
 use crate::{mounts, program};
 use execd_sys::{CloneFlags, SingleThreaded, exit_now};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -29,16 +32,25 @@ use rustix::process::{DumpableBehavior, Pid, Signal, WaitOptions};
 use std::collections::HashMap;
 use std::time::Instant;
 
-/// Runs as PID 1 until the daemon is gone. `plan` is an encoded [`Plan`]; `cloned_at` was taken before the
-/// clone. Never returns to the caller's stack in a useful way: the caller must exit.
+/// Runs as PID 1 until the daemon is gone; the caller must exit then. `plan` is an encoded [`Plan`], `cloned_at`
+/// was taken before the clone. Signals have to have their default actions, SIGCHLD excepted.
 pub fn run(proof: &SingleThreaded, channel: Channel, plan: &[u8], cloned_at: Instant) {
     let Some(channel) = keep_only(channel) else { exit_now(1) };
-    match set_up(&channel, plan, cloned_at) {
-        Ok(child_signal) => serve(proof, &channel, &child_signal, cloned_at),
+    let mut init = Init { proof, channel, programs: HashMap::new(), cloned_at };
+    match init.set_up(plan) {
+        Ok(child_signal) => init.serve(&child_signal),
         Err(failure) => {
-            let _ = channel.send(&Event::Failed(failure), &[], &[]);
+            let _ = init.channel.send(&Event::Failed(failure), &[], &[]);
         }
     }
+}
+
+struct Init<'a> {
+    proof: &'a SingleThreaded,
+    channel: Channel,
+    /// Programs that run, and the daemon's names for them.
+    programs: HashMap<Pid, u32>,
+    cloned_at: Instant,
 }
 
 /// Moves the channel to number 3 and closes everything above. Numbers 0 to 2 are the launcher's null device
@@ -52,39 +64,114 @@ fn keep_only(channel: Channel) -> Option<Channel> {
     Some(Channel::from_fd(channel))
 }
 
-fn set_up(channel: &Channel, plan: &[u8], cloned_at: Instant) -> Result<OwnedFd, Failure> {
-    let plan: Plan =
-        postcard::from_bytes(plan).map_err(|e| Failure::check("read the plan", e.to_string()))?;
-    execd_sys::reset_signals();
-    // Modes of what the plan makes are exactly those it names.
-    rustix::process::umask(Mode::empty());
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .call(|| "prctl(PR_SET_PDEATHSIG)".into())
-        .map_err(|e| e.of("tie init to the launcher"))?;
-    let child_signal =
-        execd_sys::block_child_signal().call(|| "signalfd".into()).map_err(|e| e.of("watch for children"))?;
-    if let Some(map) = &plan.id_map {
-        write_id_map(map)?;
+impl Init<'_> {
+    fn set_up(&mut self, plan: &[u8]) -> Result<OwnedFd, Failure> {
+        let plan: Plan =
+            postcard::from_bytes(plan).map_err(|e| Failure::check("read the plan", e.to_string()))?;
+        // Modes of what the plan makes are exactly those it names.
+        rustix::process::umask(Mode::empty());
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+            .call(|| "prctl(PR_SET_PDEATHSIG)".into())
+            .map_err(|e| e.of("tie init to the launcher"))?;
+        let child_signal =
+            execd_sys::watch_children().call(|| "signalfd".into()).map_err(|e| e.of("watch for children"))?;
+        if let Some(map) = &plan.id_map {
+            write_id_map(map)?;
+        }
+        isolate(&plan)?;
+        let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+            .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
+            .map_err(|e| e.of("protect init"))?;
+        // The first program prepares itself while the old root goes.
+        let first = match self.channel.try_recv::<Request>() {
+            Ok(Some(request)) => Some(self.fork(request)),
+            Ok(None) | Err(_) => None,
+        };
+        mounts::detach_old_root()?;
+        let first = first.map(|(id, waiting)| (id, waiting.map(Waiting::open)));
+        self.report_assembled(&assembled)?;
+        if let Some((id, released)) = first {
+            self.announce(id, released.and_then(Released::finish));
+        }
+        Ok(child_signal)
     }
-    isolate(&plan)?;
-    let mount_namespace = open("/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .call(|| "open(/proc/self/ns/mnt)".into())
-        .map_err(|e| e.of("hold the mount namespace"))?;
-    let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
-        .map_err(|e| e.of("protect init"))?;
-    let mut fds = vec![assembled.root.as_fd(), mount_namespace.as_fd()];
-    fds.extend(assembled.control.as_ref().map(AsFd::as_fd));
-    let event = Event::Assembled {
-        has_control: assembled.control.is_some(),
-        since_clone_us: cloned_at.elapsed().as_micros() as u32,
-    };
-    channel
-        .send(&event, &[], &fds)
-        .call(|| "sendmsg(assembled)".into())
-        .map_err(|e| e.of("report to the daemon"))?;
-    Ok(child_signal)
+
+    fn report_assembled(&self, assembled: &mounts::Assembled) -> Result<(), Failure> {
+        let namespace = open("/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .call(|| "open(/proc/self/ns/mnt)".into())
+            .map_err(|e| e.of("hold the mount namespace"))?;
+        let mut fds = vec![assembled.root.as_fd(), namespace.as_fd()];
+        fds.extend(assembled.control.as_ref().map(AsFd::as_fd));
+        let event = Event::Assembled {
+            has_control: assembled.control.is_some(),
+            since_clone_us: self.cloned_at.elapsed().as_micros() as u32,
+        };
+        self.channel
+            .send(&event, &[], &fds)
+            .call(|| "sendmsg(assembled)".into())
+            .map_err(|e| e.of("report to the daemon"))
+    }
+
+    fn serve(&mut self, child_signal: &OwnedFd) {
+        loop {
+            let mut fds =
+                [PollFd::new(&self.channel, PollFlags::IN), PollFd::new(child_signal, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => return,
+            }
+            let [requests, children] = fds.map(|fd| !fd.revents().is_empty());
+            if children {
+                // One signal may stand for many children; the descriptor is only the bell.
+                let _ = rustix::io::read(child_signal, &mut [0_u8; 128]);
+                self.reap();
+            }
+            if requests {
+                let Ok(Some(request)) = self.channel.recv::<Request>() else { return };
+                let (id, waiting) = self.fork(request);
+                self.announce(id, waiting.map(Waiting::open).and_then(Released::finish));
+            }
+        }
+    }
+
+    fn fork(&self, request: Received<Request>) -> (u32, Result<Waiting, Failure>) {
+        let Received { message: Request::Start { id, program, into_cgroup }, mut fds, .. } = request;
+        let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
+            return (id, Err(Failure::check("start a program", "the request has no standard streams")));
+        };
+        let cgroup = fds.next().filter(|_| into_cgroup);
+        let streams = [stdin, stdout, stderr];
+        let cgroup = cgroup.as_ref().map(AsFd::as_fd);
+        (id, program::fork(self.proof, &program, &streams, cgroup, self.cloned_at))
+    }
+
+    fn announce(&mut self, id: u32, outcome: Result<program::Started, Failure>) {
+        let (event, pidfd) = match outcome {
+            Ok(started) => {
+                self.programs.insert(started.pid, id);
+                let program::Exec { command, since_clone_us } = started.exec;
+                (Event::Started { id, command, since_clone_us }, Some(started.pidfd))
+            }
+            Err(failure) => (Event::NotStarted { id, failure }, None),
+        };
+        let fds: Vec<BorrowedFd<'_>> = pidfd.iter().map(AsFd::as_fd).collect();
+        // A send fails only when the daemon is gone, which the loop notices by itself.
+        let _ = self.channel.send(&event, &[], &fds);
+    }
+
+    fn reap(&mut self) {
+        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+            let status = match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => ExitStatus::Code(code),
+                (None, Some(signal)) => ExitStatus::Signal(signal),
+                (None, None) => continue,
+            };
+            if let Some(id) = self.programs.remove(&pid) {
+                let _ = self.channel.send(&Event::Exited { id, status }, &[], &[]);
+            }
+        }
+    }
 }
 
 /// A single line that maps execd's own ids needs no privilege (user_namespaces(7)); groups must be frozen
@@ -133,74 +220,4 @@ fn make_network() -> Result<(), crate::failure::CallError> {
     let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
         .call(|| "socket(AF_INET)".into())?;
     execd_sys::set_loopback_up(socket.as_fd()).call(|| "ioctl(SIOCSIFFLAGS, lo, IFF_UP)".into())
-}
-
-fn serve(proof: &SingleThreaded, channel: &Channel, child_signal: &OwnedFd, cloned_at: Instant) {
-    let mut programs = HashMap::new();
-    loop {
-        let mut fds = [PollFd::new(channel, PollFlags::IN), PollFd::new(child_signal, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(_) => return,
-        }
-        let [requests, children] = fds.map(|fd| !fd.revents().is_empty());
-        if children {
-            // One signal may stand for many children; the descriptor is only the bell.
-            let _ = rustix::io::read(child_signal, &mut [0_u8; 128]);
-            reap(channel, &mut programs);
-        }
-        if requests {
-            match channel.recv::<Request>() {
-                Ok(Some(request)) => {
-                    let Request::Start { id, program, into_cgroup } = request.message;
-                    let outcome = start(proof, &program, request.fds, into_cgroup, cloned_at);
-                    if let Ok(started) = &outcome {
-                        programs.insert(started.pid, id);
-                    }
-                    announce(channel, id, outcome);
-                }
-                Ok(None) | Err(_) => return,
-            }
-        }
-    }
-}
-
-fn start(
-    proof: &SingleThreaded,
-    program: &crate::messages::Program,
-    mut fds: std::vec::IntoIter<OwnedFd>,
-    into_cgroup: bool,
-    cloned_at: Instant,
-) -> Result<program::Started, Failure> {
-    let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
-        return Err(Failure::check("start a program", "the request has no standard streams"));
-    };
-    let cgroup = fds.next().filter(|_| into_cgroup);
-    program::start(proof, program, &[stdin, stdout, stderr], cgroup.as_ref().map(AsFd::as_fd), cloned_at)
-}
-
-fn announce(channel: &Channel, id: u32, outcome: Result<program::Started, Failure>) {
-    let (event, pidfd) = match outcome {
-        Ok(started) => {
-            let program::Exec { command, since_clone_us } = started.exec;
-            (Event::Started { id, command, since_clone_us }, Some(started.pidfd))
-        }
-        Err(failure) => (Event::NotStarted { id, failure }, None),
-    };
-    let fds: Vec<BorrowedFd<'_>> = pidfd.iter().map(AsFd::as_fd).collect();
-    // A send fails only when the daemon is gone, which the loop notices by itself.
-    let _ = channel.send(&event, &[], &fds);
-}
-
-fn reap(channel: &Channel, programs: &mut HashMap<Pid, u32>) {
-    while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-        let status = match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => ExitStatus::Code(code),
-            (None, Some(signal)) => ExitStatus::Signal(signal),
-            (None, None) => continue,
-        };
-        if let Some(id) = programs.remove(&pid) {
-            let _ = channel.send(&Event::Exited { id, status }, &[], &[]);
-        }
-    }
 }

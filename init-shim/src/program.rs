@@ -2,10 +2,10 @@
 //!
 //! 1. standard streams; every other descriptor closed
 //! 2. own session, no core dumps, umask 022, working directory
-//! 3. default signal actions
+//! 3. signals unblocked (their actions are the default ones already)
 //! 4. capability bounding set, then groups, gid and uid, then the other capability sets
 //! 5. no_new_privs and the seccomp filter, last, since it forbids some of the above
-//! 6. exec
+//! 6. wait at the gate, then exec
 //!
 //! The working directory is entered before the identity changes: a session may be given a folder below
 //! directories that its user cannot search.
@@ -24,6 +24,15 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
 use std::time::Instant;
+
+/// A process that prepares itself to become a program and waits at a gate before it does.
+pub(crate) struct Waiting {
+    pid: Pid,
+    pidfd: OwnedFd,
+    report: OwnedFd,
+    /// The child waits until all copies of this end are closed.
+    gate: OwnedFd,
+}
 
 /// A program that has been executed.
 pub(crate) struct Started {
@@ -45,51 +54,81 @@ pub(crate) struct Exec {
 /// The three standard streams.
 pub(crate) type Streams = [OwnedFd; 3];
 
-/// Forks, prepares and executes; returns once the exec has succeeded or a step has failed.
-pub(crate) fn start(
+/// Forks a process that prepares itself while the caller does something else.
+pub(crate) fn fork(
     proof: &SingleThreaded,
     program: &Program,
     streams: &Streams,
     cgroup: Option<BorrowedFd<'_>>,
     cloned_at: Instant,
-) -> Result<Started, Failure> {
+) -> Result<Waiting, Failure> {
     let step = "fork the program";
-    let (report_read, report_write) =
-        pipe_with(PipeFlags::CLOEXEC).call(|| "pipe2".into()).map_err(|e| e.of(step))?;
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).call(|| "pipe2".into()).map_err(|e| e.of(step));
+    let (report, report_write) = pipe()?;
+    let (gate_read, gate) = pipe()?;
     let cloned = clone3(proof, CloneFlags::empty(), cgroup);
     match cloned.call(|| "clone3".into()).map_err(|e| e.of(step))? {
         Cloned::Child => {
-            let mut report = Report { pipe: report_write, cloned_at };
-            let failure = become_program(program, streams, &mut report);
-            report.write(&Err(failure));
+            let mut own = Own { report: report_write, gate: gate_read, cloned_at };
+            let failure = become_program(program, streams, &mut own);
+            own.tell(&Err(failure));
             exit_now(127);
         }
-        Cloned::Parent { pid, pidfd } => {
-            drop(report_write);
-            let exec = read_report(report_read)?;
-            Ok(Started { pid, pidfd, exec })
-        }
+        Cloned::Parent { pid, pidfd } => Ok(Waiting { pid, pidfd, report, gate }),
     }
 }
 
-/// The write end of a close-on-exec pipe: the last thing written before it closes is the outcome.
-struct Report {
-    pipe: OwnedFd,
+impl Waiting {
+    /// Opens the gate.
+    pub(crate) fn open(self) -> Released {
+        let Self { pid, pidfd, report, gate } = self;
+        drop(gate);
+        Released { pid, pidfd, report }
+    }
+}
+
+/// A process that is about to become a program.
+pub(crate) struct Released {
+    pid: Pid,
+    pidfd: OwnedFd,
+    report: OwnedFd,
+}
+
+impl Released {
+    /// Waits until the program has been executed or a step has failed.
+    pub(crate) fn finish(self) -> Result<Started, Failure> {
+        let exec = read_report(self.report)?;
+        Ok(Started { pid: self.pid, pidfd: self.pidfd, exec })
+    }
+}
+
+/// What the child keeps of its own until it executes; all close-on-exec.
+struct Own {
+    /// The last thing written here before it closes is the outcome.
+    report: OwnedFd,
+    /// End of file means go.
+    gate: OwnedFd,
     cloned_at: Instant,
 }
 
-impl Report {
+impl Own {
     /// Says which command is about to be executed.
     fn executing(&mut self, command: usize) {
         let since_clone_us = self.cloned_at.elapsed().as_micros() as u32;
-        self.write(&Ok(Exec { command, since_clone_us }));
+        self.tell(&Ok(Exec { command, since_clone_us }));
     }
 
     /// Nobody is left to tell if the pipe breaks.
-    fn write(&mut self, outcome: &Result<Exec, Failure>) {
+    fn tell(&mut self, outcome: &Result<Exec, Failure>) {
         if let Ok(bytes) = postcard::to_stdvec(outcome) {
-            let _ = rustix::io::write(&self.pipe, &bytes);
+            let _ = rustix::io::write(&self.report, &bytes);
         }
+    }
+
+    fn wait_at_gate(&self) -> Result<(), CallError> {
+        rustix::io::retry_on_intr(|| rustix::io::read(&self.gate, &mut [0_u8; 1]))
+            .map(drop)
+            .call(|| "read(gate)".into())
     }
 }
 
@@ -106,35 +145,46 @@ fn read_report(pipe: OwnedFd) -> Result<Exec, Failure> {
 }
 
 /// Only returns when a step failed (or ends the process, for a program without commands).
-fn become_program(program: &Program, streams: &Streams, report: &mut Report) -> Failure {
-    match prepare(program, streams, report) {
+fn become_program(program: &Program, streams: &Streams, own: &mut Own) -> Failure {
+    match prepare(program, streams, own) {
         Err(failure) => failure,
         Ok(()) if program.commands.is_empty() => {
-            report.executing(0);
+            own.executing(0);
             exit_now(0)
         }
-        Ok(()) => execute(program, report),
+        Ok(()) => execute(program, own),
     }
 }
 
-fn prepare(program: &Program, streams: &Streams, report: &mut Report) -> Result<(), Failure> {
-    move_descriptors(streams, report).map_err(|e| e.of("set up the standard streams"))?;
+fn prepare(program: &Program, streams: &Streams, own: &mut Own) -> Result<(), Failure> {
+    move_descriptors(streams, own).map_err(|e| e.of("set up the standard streams"))?;
     enter_session(program).map_err(|e| e.of(format!("enter {}", program.cwd.display())))?;
-    execd_sys::reset_signals();
+    execd_sys::unblock_signals();
     let Identity { uid, gid, .. } = program.identity;
     switch_identity(program).map_err(|e| e.of(format!("become uid {uid} gid {gid}")))?;
-    lock_down(program).map_err(|e| e.of("install the seccomp filter"))
+    lock_down(program).map_err(|e| e.of("install the seccomp filter"))?;
+    own.wait_at_gate().map_err(|e| e.of("wait for the sandbox to be complete"))
 }
 
-fn move_descriptors(streams: &Streams, report: &mut Report) -> Result<(), CallError> {
-    // Numbers 0 to 3 are taken by nobody here but the streams of init, so nothing is overwritten that is
-    // needed later: the received descriptors are numbered above init's own socket.
+/// The child's own descriptors, above the streams.
+const REPORT: i32 = 3;
+const GATE: i32 = 4;
+
+fn move_descriptors(streams: &Streams, own: &mut Own) -> Result<(), CallError> {
+    // Whatever is overwritten here is init's, and this copy of it is not needed any more; init's own numbers
+    // end below GATE, so nothing that still is to be moved is among them.
     for (number, fd) in (0..).zip(streams) {
         execd_sys::redirect(fd.as_fd(), number).call(|| format!("dup2({number})"))?;
     }
-    execd_sys::redirect(report.pipe.as_fd(), 3).call(|| "dup2(3)".into())?;
-    report.pipe = execd_sys::adopt(3).call(|| "fcntl(3, F_SETFD, FD_CLOEXEC)".into())?;
-    execd_sys::close_range_from(4).call(|| "close_range(4, ~0)".into())
+    own.report = keep(&own.report, REPORT)?;
+    own.gate = keep(&own.gate, GATE)?;
+    execd_sys::close_range_from(GATE as u32 + 1).call(|| "close_range".into())
+}
+
+/// Moves a descriptor to a number.
+fn keep(fd: &OwnedFd, number: i32) -> Result<OwnedFd, CallError> {
+    execd_sys::redirect(fd.as_fd(), number).call(|| format!("dup2({number})"))?;
+    execd_sys::adopt(number).call(|| format!("fcntl({number}, F_SETFD, FD_CLOEXEC)"))
 }
 
 fn enter_session(program: &Program) -> Result<(), CallError> {
@@ -195,14 +245,14 @@ fn lock_down(program: &Program) -> Result<(), CallError> {
     seccompiler::apply_filter(&filter).map_err(|error| CallError::what(format!("seccomp: {error}")))
 }
 
-fn execute(program: &Program, report: &mut Report) -> Failure {
+fn execute(program: &Program, own: &mut Own) -> Failure {
     let mut worst = Errno::ENOENT;
     for (index, command) in program.commands.iter().enumerate() {
         // What is not there need not be tried, and then the report usually has one entry.
         if rustix::fs::access(&command.path, rustix::fs::Access::EXISTS) == Err(rustix::io::Errno::NOENT) {
             continue;
         }
-        report.executing(index);
+        own.executing(index);
         match nix::unistd::execve(&command.path, &command.argv, &program.environment) {
             Ok(never) => match never {},
             // "Not found" in one place says less than any other reason does.

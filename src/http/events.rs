@@ -25,18 +25,25 @@ const CHUNK_BYTES_MAX: usize = 256 * 1024;
 /// The run's id, for clients that do not read the stream.
 const RUN_ID_HEADER: &str = "execd-run-id";
 
+/// How long the head of an answer waits for the first event: most runs are short, and then the whole answer is
+/// one write and wakes its client once.
+const FIRST_EVENT_WAIT: Duration = Duration::from_millis(1);
+
 /// The answer to a foreground run.
-pub fn respond(
+pub async fn respond(
     id: RunId,
-    events: mpsc::Receiver<RunEvent>,
+    mut events: mpsc::Receiver<RunEvent>,
     partial_output: bool,
     ping_interval: Duration,
 ) -> Response {
     let mut renderer = Renderer::new(partial_output);
     renderer.init(id);
+    if let Ok(Some(event)) = tokio::time::timeout(FIRST_EVENT_WAIT, events.recv()).await {
+        renderer.event(event);
+    }
     let stream = futures_util::stream::unfold(Some((events, renderer)), move |state| async move {
         let (mut events, mut renderer) = state?;
-        if renderer.is_empty() {
+        if renderer.is_empty() && !renderer.ended {
             match tokio::time::timeout(ping_interval, events.recv()).await {
                 Err(_) => renderer.ping(),
                 Ok(Some(event)) => renderer.event(event),

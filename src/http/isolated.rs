@@ -67,7 +67,7 @@ async fn run(State(app): State<App>, Path(id): Path<String>, request: Request) -
     let partial_output = request.partial_output == Some(true);
     let ping_interval = Duration::from_secs(app.registry.foundation().config.http.ping_interval_seconds);
     match session.run(request.spec()?) {
-        Ok(events) => Ok(events::respond(RunId(Uuid::new_v4()), events, partial_output, ping_interval)),
+        Ok(events) => Ok(events::respond(RunId(Uuid::new_v4()), events, partial_output, ping_interval).await),
         Err(error @ RunRefused::Dead(_)) => Ok(events::respond_dead(&error.to_string())),
         Err(error @ RunRefused::TooMany(_)) => Err(error.into()),
     }

@@ -86,7 +86,7 @@ pub struct Sizes {
 const INODES_MAX: u64 = 262_144;
 
 /// /proc entries that act on the whole machine: readable, not writable.
-const PROC_READ_ONLY: [&str; 6] = ["sys", "bus", "fs", "irq", "sysrq-trigger", "mtrr"];
+const PROC_READ_ONLY: [&str; 5] = ["sys", "bus", "fs", "irq", "sysrq-trigger"];
 /// /proc entries that tell about the whole machine what no session should know (as OCI runtimes mask).
 const PROC_MASKED: [&str; 9] =
     ["acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list"];

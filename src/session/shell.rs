@@ -384,8 +384,11 @@ pub(super) struct Timings {
     pub(super) ready_us: u32,
 }
 
+/// A word that the code of a run cannot guess: 64 random bits. Short, because bash reads its script pipe byte
+/// by byte.
 fn token() -> String {
-    uuid::Uuid::new_v4().simple().to_string()
+    let (_, random) = uuid::Uuid::new_v4().as_u64_pair();
+    format!("{random:016x}")
 }
 
 /// The pid behind a pidfd, as this process numbers it (proc_pid_fdinfo(5)).

@@ -174,17 +174,18 @@ impl Task {
             None => End::Failed,
         };
         let report = Report { end, took: began.elapsed() };
-        let tidied = match &mut self.shell {
-            Some(shell) => shell.end_run(spec.stdin.is_some()),
-            None => Ok(()),
-        };
         self.session.run_ends();
-        // There is room: whoever reads a run may be slow, but a deleted session does not wait for it.
+        // Whoever reads a run may be slow, but a deleted session does not wait for it.
         tokio::select! {
             _ = events.send(RunEvent::End(report)) => {}
             () = told_to(&mut self.stop) => { let _ = events.try_send(RunEvent::End(report)); }
         }
         drop(events);
+        // Only now, so that the answer does not wait for it.
+        let tidied = match &mut self.shell {
+            Some(shell) => shell.end_run(spec.stdin.is_some()),
+            None => Ok(()),
+        };
         self.after_run(report.end, tidied).await
     }
 

@@ -8,28 +8,35 @@ use std::io;
 /// Puts every signal back to its default action and unblocks all of them.
 ///
 /// An ignored or blocked signal survives execve(2): without this a program would inherit Rust's ignored
-/// `SIGPIPE`, the launcher's ignored `SIGCHLD` and whatever nohup(1) did to the daemon.
+/// `SIGPIPE` and whatever nohup(1) did to the daemon.
 pub fn reset_signals() {
-    // SAFETY: SIG_DFL is a valid action and runs no handler; a signal number that refuses (KILL, STOP,
-    // the C library's own two) is left as it is. The empty mask is initialised by sigemptyset.
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL is a valid action and runs no handler; a signal number that refuses (KILL, STOP, the
+        // C library's own two) is left as it is.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    unblock_signals();
+}
+
+/// Unblocks all signals.
+pub fn unblock_signals() {
+    // SAFETY: the empty mask is initialised by sigemptyset, and only read.
     unsafe {
-        for signal in 1..=libc::SIGRTMAX() {
-            libc::signal(signal, libc::SIG_DFL);
-        }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
     }
 }
 
-/// Blocks `SIGCHLD` and returns a non-blocking signalfd(2) that becomes readable when a child changes
-/// state.
+/// Gives `SIGCHLD` its default action (an inherited "ignore" would reap children unseen), blocks it, and returns
+/// a non-blocking signalfd(2) that becomes readable when a child changes state.
 ///
 /// # Errors
 /// `EMFILE` and `ENFILE`.
-pub fn block_child_signal() -> io::Result<OwnedFd> {
-    // SAFETY: the set is initialised by sigemptyset before use, and both calls only read it.
+pub fn watch_children() -> io::Result<OwnedFd> {
+    // SAFETY: SIG_DFL runs no handler; the set is initialised by sigemptyset before use, and only read.
     unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
         libc::sigaddset(&raw mut set, libc::SIGCHLD);
