@@ -6,12 +6,13 @@
 use crate::cli::{RunArgs, RunMode, RunProfile};
 use crate::config::Config;
 use crate::sandbox::environment::Passthrough;
-use crate::sandbox::launch::{Exit, ProgramStart, Sandbox};
+use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox};
 use crate::sandbox::profile::Profile;
 use crate::sandbox::seccomp;
 use crate::session::options::{Bind, Mount, MountMode, SessionOptions, UidMode};
 use crate::session::prepare::{Foundation, prepare};
 use anyhow::Context;
+use execd_init_shim::EXECUTE;
 use execd_init_shim::messages::Command;
 use execd_sys::SingleThreaded;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -21,6 +22,11 @@ use std::io::{IsTerminal, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+
+/// Exit statuses of a shell for a command that is not there, or cannot be executed (POSIX, 2.8.2).
+const NOT_FOUND: i32 = 127;
+const NOT_EXECUTABLE: i32 = 126;
+const ENOENT: i32 = 2;
 
 /// Runs the command and returns its exit status as a shell would report it.
 ///
@@ -40,7 +46,13 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     let commands = commands(&args.command, &prepared.spec.environment)?;
     let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
     let start = ProgramStart { commands, streams, cgroup: None };
-    let (sandbox, program) = Sandbox::fork(&proof, prepared.spec, start)?;
+    let (sandbox, program) = match Sandbox::fork(&proof, prepared.spec, start) {
+        Err(LaunchError::Step(failure)) if failure.step.starts_with(EXECUTE) => {
+            eprintln!("execd: {failure}");
+            return Ok(if failure.errno == ENOENT { NOT_FOUND } else { NOT_EXECUTABLE });
+        }
+        other => other?,
+    };
     if args.timings {
         let (clone, mounts, exec) = (sandbox.clone_us, sandbox.assembled_us, program.since_clone_us);
         eprintln!("{{\"clone_us\":{clone},\"assembled_us\":{mounts},\"exec_us\":{exec}}}");

@@ -17,3 +17,4 @@ pub mod pid1;
 mod program;
 
 pub use failure::Failure;
+pub use program::EXECUTE;

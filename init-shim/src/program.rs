@@ -25,6 +25,9 @@ use std::fs::File;
 use std::io::Read;
 use std::time::Instant;
 
+/// How the step begins in a failure to execute, all other steps having succeeded.
+pub const EXECUTE: &str = "execute";
+
 /// A process that prepares itself to become a program and waits at a gate before it does.
 pub(crate) struct Waiting {
     pid: Pid,
@@ -262,5 +265,5 @@ fn execute(program: &Program, own: &mut Own) -> Failure {
     }
     let name = program.commands.iter().find_map(|command| command.argv.first());
     let name = name.map(|name| name.to_string_lossy()).unwrap_or_default();
-    Failure { step: format!("execute {name}"), call: "execve".into(), errno: worst as i32 }
+    Failure { step: format!("{EXECUTE} {name}"), call: "execve".into(), errno: worst as i32 }
 }
