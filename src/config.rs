@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 pub struct Config {
     /// Parent of the writable layers of persistent overlays.
     pub upper_root: PathBuf,
-    /// What all uppers together may hold; bytes, 0 for no limit. Checked before a session is created.
+    /// What all uppers together may hold; bytes, 0 for no limit. Measured every few seconds; at the limit no
+    /// session with a persistent overlay is created.
     pub upper_max_bytes: u64,
-    /// The largest diff; bytes.
+    /// The largest diff; bytes. There is no diff yet.
     pub diff_max_bytes: u64,
     /// Host paths that `extra_writable` and `binds` may name, with what is beneath them.
     pub allowed_writable: Vec<PathBuf>,

@@ -46,7 +46,7 @@ fn set_up(config_path: &str) -> anyhow::Result<Machine> {
         tracing::warn!(name, "the deny list names an unknown system call");
     }
     let uppers = match Uppers::open(&config.upper_root) {
-        Ok(uppers) => Some(Arc::new(uppers)),
+        Ok(uppers) => Some(uppers),
         Err(error @ UppersError::InUse(_)) => return Err(error.into()),
         Err(error) => {
             let error = anyhow::Error::from(error);

@@ -1,7 +1,7 @@
 //! A message socket that carries serde values and descriptors.
 //!
 //! `SOCK_SEQPACKET` keeps message boundaries and reports the peer's death as end of file. A message over
-//! [`INLINE_BYTES_MAX`] travels in a memfd, so that a large environment does not depend on
+//! `INLINE_BYTES_MAX` travels in a memfd, so that a large environment does not depend on
 //! `net.core.wmem_max`. Descriptors are received with close-on-exec set.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -202,15 +202,11 @@ fn enter_session(program: &Program) -> Result<(), CallError> {
 
 fn switch_identity(program: &Program) -> Result<(), CallError> {
     let keep = kept_capabilities(program);
-    for capability in caps::all() {
-        if !keep.contains(&capability) {
-            match caps::has_cap(None, CapSet::Bounding, capability) {
-                Ok(true) => caps::drop(None, CapSet::Bounding, capability).map_err(|error| {
-                    CallError::what(format!("drop {capability} from the bounding set: {error}"))
-                })?,
-                Ok(false) | Err(_) => {}
-            }
-        }
+    let failed = |what: String| move |error| CallError::what(format!("{what}: {error}"));
+    let bounding = caps::read(None, CapSet::Bounding).map_err(failed("read the bounding set".into()))?;
+    for capability in bounding.difference(&keep) {
+        caps::drop(None, CapSet::Bounding, *capability)
+            .map_err(failed(format!("drop {capability} from the bounding set")))?;
     }
     let (uid, gid) = (program.identity.uid, program.identity.gid);
     if program.identity.switch {
@@ -223,7 +219,7 @@ fn switch_identity(program: &Program) -> Result<(), CallError> {
     let held = caps::read(None, CapSet::Permitted).unwrap_or_default();
     let keep: CapsHashSet = keep.intersection(&held).copied().collect();
     let set = |which, value: &CapsHashSet| {
-        caps::set(None, which, value).map_err(|error| CallError::what(format!("capset({which:?}): {error}")))
+        caps::set(None, which, value).map_err(failed(format!("capset({which:?})")))
     };
     set(CapSet::Inheritable, &CapsHashSet::new())?;
     set(CapSet::Effective, &keep)?;

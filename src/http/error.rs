@@ -71,6 +71,9 @@ impl ApiError {
                 CreateError::TooMany(_) => TOO_MANY,
                 CreateError::Prepare(PrepareError::Invalid(_)) => INVALID,
                 CreateError::Prepare(PrepareError::Path { .. }) => (StatusCode::BAD_REQUEST, "RUNTIME_ERROR"),
+                CreateError::Prepare(PrepareError::UppersFull { .. }) => {
+                    (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR")
+                }
                 CreateError::Prepare(PrepareError::Upper(_)) | CreateError::Io(_) => FAILED,
                 CreateError::Shell(error) => match error {
                     // Another launcher is on its way.

@@ -303,7 +303,7 @@ fn whole_characters(bytes: &[u8], max: usize) -> usize {
         Some(0xF0..=0xF7) => 4,
         _ => 1,
     };
-    if lead + length > end && lead > 0 { lead } else { end }
+    if lead + length > end { lead } else { end }
 }
 
 #[cfg(test)]

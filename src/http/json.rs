@@ -32,6 +32,10 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
 /// # Errors
 /// [`ApiError::Body`].
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    // serde would read an array as the fields of a struct in order.
+    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|first| *first == b'[') {
+        return Err(ApiError::Body("invalid JSON body: expected an object".into()));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();

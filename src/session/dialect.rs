@@ -1,4 +1,4 @@
-//! What is said to the shell. Pure text; see [`super::shell`] for the protocol.
+//! What is said to the shell. Pure text; see `super::shell` for the protocol.
 
 use super::control::ControlDir;
 use execd_init_shim::messages::Command;
@@ -121,7 +121,7 @@ impl Dialect {
     }
 
     /// The line that runs the code in the control directory. Variables in front of `.` vanish with it, and so
-    /// do the redirections, whatever `exec` does inside. The empty line is for [`super::shell`] to see whether
+    /// do the redirections, whatever `exec` does inside. The empty line is for `super::shell` to see whether
     /// the shell came back.
     pub(super) fn run_line(self, token: &str, envs: &[(String, String)]) -> String {
         let builtin = self.run_builtin();

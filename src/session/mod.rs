@@ -1,11 +1,11 @@
 //! Sessions: sandboxes with a life and a shell.
 //!
 //! A [`Registry`](registry::Registry) creates, finds and ends them. Each [`Session`](session::Session) has one
-//! task ([`task`]) that owns its shell and takes runs in order; [`state`] draws its life. [`options`] is what
+//! task (`task`) that owns its shell and takes runs in order; [`state`] draws its life. [`options`] is what
 //! a caller may ask, [`prepare`] turns that into a sandbox spec, [`probe`] finds out what the machine can do.
 //!
-//! The shell protocol lies in three modules: [`dialect`] is what is said, [`shell_io`] the descriptors it is
-//! said through, [`shell`] who says it when. [`control`] is the directory both sides share.
+//! The shell protocol lies in three modules: `dialect` is what is said, `shell_io` the descriptors it is
+//! said through, `shell` who says it when. `control` is the directory both sides share.
 
 mod control;
 pub mod dialect;

@@ -61,8 +61,16 @@ pub enum PrepareError {
         /// What is wrong.
         error: ResolveError,
     },
-    /// All uppers together hold as much as they may.
-    #[error("no upper can be allocated: {0}")]
+    /// All uppers together hold as much as they may; bytes.
+    #[error("the uppers of all sessions hold {used} bytes, and upper_max_bytes is {max}")]
+    UppersFull {
+        /// What they hold.
+        used: u64,
+        /// What they may.
+        max: u64,
+    },
+    /// The file system refused.
+    #[error("no upper can be allocated")]
     Upper(#[source] io::Error),
 }
 
@@ -185,9 +193,9 @@ fn resolve_workspaces(
         let access = match mount.mode {
             MountMode::ReadWrite => Access::ReadWrite,
             MountMode::ReadOnly => Access::ReadOnly,
-            MountMode::Overlay { persist } => Access::Overlay(
-                upper(foundation, name, persist, &source, uppers).map_err(PrepareError::Upper)?,
-            ),
+            MountMode::Overlay { persist } => {
+                Access::Overlay(upper(foundation, name, persist, &source, uppers)?)
+            }
         };
         mounts.push(WorkspaceMount { dest: mount.path.clone(), source, access });
     }
@@ -200,16 +208,20 @@ fn upper(
     persist: bool,
     lower: &Path,
     session: &mut Option<SessionUppers>,
-) -> io::Result<Upper> {
+) -> Result<Upper, PrepareError> {
+    let max = foundation.config.upper_max_bytes;
     match foundation.uppers.as_ref().filter(|uppers| persist && uppers.usable()) {
+        Some(uppers) if max > 0 && uppers.used_bytes() >= max => {
+            Err(PrepareError::UppersFull { used: uppers.used_bytes(), max })
+        }
         Some(uppers) => {
-            if session.is_none() {
-                *session = Some(uppers.session(name)?);
-            }
-            let Some(session) = session else {
-                return Err(io::Error::other("no upper directory"));
+            let mut of_session = match session.take() {
+                Some(started) => started,
+                None => uppers.session(name).map_err(PrepareError::Upper)?,
             };
-            let paths = session.allocate(lower)?;
+            let paths = of_session.allocate(lower);
+            *session = Some(of_session);
+            let paths = paths.map_err(PrepareError::Upper)?;
             Ok(Upper::Directory { upper: paths.upper, work: paths.work })
         }
         None => Ok(Upper::Tmpfs {

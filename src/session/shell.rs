@@ -294,15 +294,13 @@ impl Shell {
     pub(super) fn kill_run(&mut self) {
         // A stopped shell could not even report.
         let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), SIGCONT);
-        match self.process.leaf.is_some() {
-            true => {
-                let old = self.move_shell_out_keeping();
-                if let Err(error) = old.and_then(|leaf| leaf.map_or(Ok(()), |leaf| leaf.kill())) {
-                    tracing::warn!(%error, "cgroup.kill failed; killing one by one");
-                    self.signal_run(SIGKILL);
-                }
-            }
-            false => self.signal_run(SIGKILL),
+        if self.process.leaf.is_none() {
+            return self.signal_run(SIGKILL);
+        }
+        let old = self.move_shell_out_keeping();
+        if let Err(error) = old.and_then(|leaf| leaf.map_or(Ok(()), |leaf| leaf.kill())) {
+            tracing::warn!(%error, "cgroup.kill failed; killing one by one");
+            self.signal_run(SIGKILL);
         }
     }
 

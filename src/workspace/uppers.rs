@@ -15,9 +15,13 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 const TRASH: &str = ".trash";
+/// Between two measurements of what all uppers hold.
+const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The directory of all uppers.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub struct Uppers {
     /// Whether directories here can be the upper of an overlay at all; not on overlayfs (a container's own
     /// root file system), where sessions then use a tmpfs.
     usable: bool,
+    /// What all uppers held when last measured; bytes.
+    used_bytes: AtomicU64,
     _lock: File,
 }
 
@@ -62,7 +68,7 @@ impl Uppers {
     ///
     /// # Errors
     /// See [`UppersError`].
-    pub fn open(root: &Path) -> Result<Self, UppersError> {
+    pub fn open(root: &Path) -> Result<Arc<Self>, UppersError> {
         let failed = |error| UppersError::Io(root.into(), error);
         DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(failed)?;
         let root = root.canonicalize().map_err(failed)?;
@@ -70,9 +76,20 @@ impl Uppers {
         let lock = File::open(&root).map_err(failed)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| UppersError::InUse(root.clone()))?;
-        let uppers = Self { usable: !is_on_overlayfs(&root), root, _lock: lock };
+        let usable = !is_on_overlayfs(&root);
+        let uppers = Arc::new(Self { usable, root, used_bytes: AtomicU64::new(0), _lock: lock });
         uppers.remove_leftovers().map_err(failed)?;
+        let measured = Arc::downgrade(&uppers);
+        std::thread::Builder::new()
+            .name("upper-usage".into())
+            .spawn(move || keep_measuring(&measured))
+            .map_err(failed)?;
         Ok(uppers)
+    }
+
+    /// What all uppers held some seconds ago; bytes.
+    pub fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Ordering::Relaxed)
     }
 
     /// Where they are, links resolved.
@@ -142,6 +159,27 @@ impl Drop for SessionUppers {
     }
 }
 
+/// Walking large trees takes long, so it happens beside the creation of sessions, which only look at the result.
+fn keep_measuring(uppers: &Weak<Uppers>) {
+    loop {
+        std::thread::sleep(MEASURE_INTERVAL);
+        let Some(uppers) = uppers.upgrade() else { return };
+        uppers.used_bytes.store(tree_bytes(&uppers.root), Ordering::Relaxed);
+    }
+}
+
+/// Bytes allocated below `dir`; what vanishes meanwhile does not count.
+fn tree_bytes(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => tree_bytes(&entry.path()),
+            Ok(metadata) => metadata.blocks() * 512,
+            Err(_) => 0,
+        })
+        .sum()
+}
+
 fn empty(trash: &Path) {
     let entries = fs::read_dir(trash).into_iter().flatten().flatten();
     for entry in entries {
@@ -153,7 +191,7 @@ fn empty(trash: &Path) {
 
 fn is_on_overlayfs(path: &Path) -> bool {
     const OVERLAYFS_SUPER_MAGIC: i64 = 0x794C_7630;
-    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type as i64 == OVERLAYFS_SUPER_MAGIC)
+    rustix::fs::statfs(path).is_ok_and(|stat| i128::from(stat.f_type) == i128::from(OVERLAYFS_SUPER_MAGIC))
 }
 
 #[cfg(test)]
@@ -167,7 +205,7 @@ mod tests {
         fs::create_dir(&lower).unwrap();
         fs::set_permissions(&lower, fs::Permissions::from_mode(0o1751)).unwrap();
         let root = dir.path().join("uppers");
-        let uppers = Arc::new(Uppers::open(&root).unwrap());
+        let uppers = Uppers::open(&root).unwrap();
         assert!(matches!(Uppers::open(&root), Err(UppersError::InUse(_))));
         let mut session = uppers.session("one").unwrap();
         let paths = session.allocate(&lower).unwrap();
