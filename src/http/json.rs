@@ -41,7 +41,8 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         let path = error.path().to_string();
         let inner = error.into_inner();
         match path.as_str() {
-            "." => ApiError::Body(format!("invalid JSON body: {inner}")),
+            // The value as a whole, or text that is not JSON at all.
+            "." | "?" => ApiError::Body(format!("invalid JSON body: {inner}")),
             field => ApiError::Body(format!("{field}: {inner}")),
         }
     })
