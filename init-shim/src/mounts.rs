@@ -5,7 +5,7 @@
 //!    root, because a process's root directory is not crossed upwards; the new root is reached by descriptor.
 //! 3. Each further step makes a detached mount, sets its attributes, and attaches it to a destination opened
 //!    with `openat2(RESOLVE_IN_ROOT)` in the new root, so no link of an image or workspace leads elsewhere.
-//! 4. `pivot_root(".", ".")`, and then a lazy unmount of the old root, which nothing names any more.
+//! 4. `pivot_root(".", ".")` and a lazy unmount of the old root, which nothing names any more.
 //!
 //! Sources are opened with `RESOLVE_NO_SYMLINKS`: the daemon resolved and checked them, and a link that
 //! appears in between makes the step fail instead of leading somewhere unchecked.
@@ -46,7 +46,7 @@ pub(crate) struct Assembled {
     pub(crate) control: Option<OwnedFd>,
 }
 
-/// Carries out `steps` and pivots into the result; [`detach_old_root`] has to follow. `userns` chooses overlayfs' unprivileged attributes.
+/// Carries out `steps` and pivots into the result. `userns` chooses overlayfs' unprivileged attributes.
 pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, Failure> {
     let step = "prepare the root";
     let old = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
@@ -85,20 +85,11 @@ fn describe(step: &MountStep) -> String {
     }
 }
 
-/// Makes `root` the root; the old one is then stacked on it, where no path leads.
 fn enter(root: &OwnedFd) -> Outcome<()> {
     rustix::process::fchdir(root).call(|| "fchdir(new root)".into())?;
-    rustix::process::pivot_root(".", ".").call(|| "pivot_root(\".\", \".\")".into())
-}
-
-/// Takes the old root out of the namespace. Apart from [`assemble`], because the kernel waits for readers of the
-/// mount tree here (an expedited RCU grace period, some 0.1 ms), in which something else can happen.
-pub(crate) fn detach_old_root() -> Result<(), Failure> {
-    let step = "leave the old root";
-    unmount(".", UnmountFlags::DETACH)
-        .call(|| "umount2(\".\", MNT_DETACH)".into())
-        .and_then(|()| rustix::process::chdir("/").call(|| "chdir(\"/\")".into()))
-        .map_err(|e| e.of(step))
+    rustix::process::pivot_root(".", ".").call(|| "pivot_root(\".\", \".\")".into())?;
+    unmount(".", UnmountFlags::DETACH).call(|| "umount2(\".\", MNT_DETACH)".into())?;
+    rustix::process::chdir("/").call(|| "chdir(\"/\")".into())
 }
 
 struct Builder {

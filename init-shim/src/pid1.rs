@@ -7,10 +7,10 @@
 //! 2. ask to be killed with the launcher (`PR_SET_PDEATHSIG`)
 //! 3. map ids, when born in a user namespace
 //! 4. cgroup namespace, network namespace, host name, session keyring, OOM score
-//! 5. mounts, and the new root (`mounts`)
-//! 6. become undumpable: nothing inside can trace it or read its memory, whatever its uid
-//! 7. fork the first program, if it has been asked for already; it prepares itself and waits
-//! 8. detach the old root, and let the first program go
+//! 5. fork the first program, if it has been asked for already; it prepares itself and waits
+//! 6. mounts, and the new root (`mounts`)
+//! 7. become undumpable: nothing inside can trace it or read its memory, whatever its uid
+//! 8. let the first program go
 //! 9. report, with the descriptors of root, mount namespace and control directory
 //! 10. serve: start programs (`program`), report how they end, reap orphans
 //!
@@ -79,16 +79,15 @@ impl Init<'_> {
             write_id_map(map)?;
         }
         isolate(&plan)?;
-        let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
-        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-            .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
-            .map_err(|e| e.of("protect init"))?;
-        // The first program prepares itself while the old root goes.
+        // The first program prepares itself while init mounts; pivot_root moves it along.
         let first = match self.channel.try_recv::<Request>() {
             Ok(Some(request)) => Some(self.fork(request)),
             Ok(None) | Err(_) => None,
         };
-        mounts::detach_old_root()?;
+        let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+            .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
+            .map_err(|e| e.of("protect init"))?;
         let first = first.map(|(id, waiting)| (id, waiting.map(Waiting::open)));
         self.report_assembled(&assembled)?;
         if let Some((id, released)) = first {

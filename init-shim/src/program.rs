@@ -1,11 +1,13 @@
 //! Starts one program inside the sandbox: what happens between fork and exec, in this order.
 //!
 //! 1. standard streams; every other descriptor closed
-//! 2. own session, no core dumps, umask 022, working directory
+//! 2. own session, no core dumps, umask 022
 //! 3. signals unblocked (their actions are the default ones already)
-//! 4. capability bounding set, then groups, gid and uid, then the other capability sets
-//! 5. no_new_privs and the seccomp filter, last, since it forbids some of the above
-//! 6. wait at the gate, then exec
+//! 4. wait at the gate: the first program is forked while init still mounts
+//! 5. working directory
+//! 6. capability bounding set, then groups, gid and uid, then the other capability sets
+//! 7. no_new_privs and the seccomp filter, last, since it forbids some of the above
+//! 8. exec
 //!
 //! The working directory is entered before the identity changes: a session may be given a folder below
 //! directories that its user cannot search.
@@ -33,7 +35,7 @@ pub(crate) struct Waiting {
     pid: Pid,
     pidfd: OwnedFd,
     report: OwnedFd,
-    /// The child waits until all copies of this end are closed.
+    /// The child goes on when it reads a byte, and ends when there is none.
     gate: OwnedFd,
 }
 
@@ -82,10 +84,11 @@ pub(crate) fn fork(
 }
 
 impl Waiting {
-    /// Opens the gate.
+    /// Opens the gate. The sandbox has to be complete.
     pub(crate) fn open(self) -> Released {
         let Self { pid, pidfd, report, gate } = self;
-        drop(gate);
+        // A child that is gone has left its reason in the report.
+        let _ = rustix::io::write(&gate, b"g");
         Released { pid, pidfd, report }
     }
 }
@@ -109,7 +112,6 @@ impl Released {
 struct Own {
     /// The last thing written here before it closes is the outcome.
     report: OwnedFd,
-    /// End of file means go.
     gate: OwnedFd,
     cloned_at: Instant,
 }
@@ -128,10 +130,13 @@ impl Own {
         }
     }
 
+    /// Returns when init says so. End of file means that init has failed or was killed: then the sandbox is
+    /// not complete, and nothing may be executed in what there is of it.
     fn wait_at_gate(&self) -> Result<(), CallError> {
-        rustix::io::retry_on_intr(|| rustix::io::read(&self.gate, &mut [0_u8; 1]))
-            .map(drop)
-            .call(|| "read(gate)".into())
+        match rustix::io::retry_on_intr(|| rustix::io::read(&self.gate, &mut [0_u8; 1])) {
+            Ok(0) => Err(CallError::what("init is gone")),
+            other => other.map(drop).call(|| "read(gate)".into()),
+        }
     }
 }
 
@@ -161,12 +166,15 @@ fn become_program(program: &Program, streams: &Streams, own: &mut Own) -> Failur
 
 fn prepare(program: &Program, streams: &Streams, own: &mut Own) -> Result<(), Failure> {
     move_descriptors(streams, own).map_err(|e| e.of("set up the standard streams"))?;
-    enter_session(program).map_err(|e| e.of(format!("enter {}", program.cwd.display())))?;
+    enter_session(program).map_err(|e| e.of("make a session"))?;
     execd_sys::unblock_signals();
+    own.wait_at_gate().map_err(|e| e.of("wait for the sandbox to be complete"))?;
+    rustix::process::chdir(&program.cwd)
+        .call(|| "chdir".into())
+        .map_err(|e| e.of(format!("enter {}", program.cwd.display())))?;
     let Identity { uid, gid, .. } = program.identity;
     switch_identity(program).map_err(|e| e.of(format!("become uid {uid} gid {gid}")))?;
-    lock_down(program).map_err(|e| e.of("install the seccomp filter"))?;
-    own.wait_at_gate().map_err(|e| e.of("wait for the sandbox to be complete"))
+    lock_down(program).map_err(|e| e.of("install the seccomp filter"))
 }
 
 /// The child's own descriptors, above the streams.
@@ -196,8 +204,7 @@ fn enter_session(program: &Program) -> Result<(), CallError> {
     }
     rustix::process::umask(rustix::fs::Mode::from(0o022));
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
-        .call(|| "setrlimit(RLIMIT_CORE, 0)".into())?;
-    rustix::process::chdir(&program.cwd).call(|| format!("chdir({:?})", program.cwd))
+        .call(|| "setrlimit(RLIMIT_CORE, 0)".into())
 }
 
 fn switch_identity(program: &Program) -> Result<(), CallError> {

@@ -55,8 +55,6 @@ impl From<io::Error> for LaunchError {
 /// An init that has been forked and is busy with its plan.
 #[derive(Debug)]
 pub struct Forked {
-    /// Our end of its channel.
-    pub channel: Channel,
     /// A handle to it.
     pub pidfd: OwnedFd,
     /// Its pid as the daemon numbers it.
@@ -149,8 +147,9 @@ impl Sandbox {
         cgroup: Option<BorrowedFd<'_>>,
         first: ProgramStart<'_>,
     ) -> Result<(Self, Started), LaunchError> {
-        let forked = launcher.fork(&plan(&spec), cgroup)?;
-        Self::assembled(forked, spec, first)
+        let (ours, theirs) = asked_to_start(&spec, first)?;
+        let forked = launcher.fork(&plan(&spec), theirs, cgroup)?;
+        Self::assembled(ours, forked, spec)
     }
 
     /// Forks the init from this very process, which must have one thread: what a command line tool does.
@@ -164,7 +163,7 @@ impl Sandbox {
     ) -> Result<(Self, Started), LaunchError> {
         let plan = plan(&spec);
         let plan_bytes = postcard::to_stdvec(&plan).map_err(io::Error::other)?;
-        let (ours, theirs) = Channel::pair()?;
+        let (ours, theirs) = asked_to_start(&spec, first)?;
         let namespaces = execd_init_shim::launcher::namespaces(plan.id_map.is_some());
         let started = Instant::now();
         match execd_sys::clone3(proof, namespaces, None) {
@@ -174,7 +173,7 @@ impl Sandbox {
             }
             Ok(Cloned::Parent { pid, pidfd }) => {
                 let clone_us = started.elapsed().as_micros() as u32;
-                Self::assembled(Forked { channel: ours, pidfd, pid: pid.as_raw_pid(), clone_us }, spec, first)
+                Self::assembled(ours, Forked { pidfd, pid: pid.as_raw_pid(), clone_us }, spec)
             }
             Err(error) => Err(Failure {
                 step: "fork the sandbox's init".into(),
@@ -186,16 +185,14 @@ impl Sandbox {
     }
 
     fn assembled(
+        channel: Channel,
         forked: Forked,
         spec: SandboxSpec,
-        first: ProgramStart<'_>,
     ) -> Result<(Self, Started), LaunchError> {
-        let Forked { channel, pidfd, pid, clone_us } = forked;
+        let Forked { pidfd, pid, clone_us } = forked;
         // Until the sandbox exists as a value, this guard is what ends a half-built one.
         let guard = KillOnDrop(&pidfd);
         set_socket_timeout(&channel, Timeout::Recv, Some(ANSWER_WAIT_MAX)).map_err(io::Error::from)?;
-        // The request waits in init's queue while it mounts, which saves a turn over the sockets.
-        request_start(&channel, &spec, FIRST_PROGRAM, first)?;
         let mut answer = channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
         let (has_control, assembled_us) = match answer.message {
             Event::Assembled { has_control, since_clone_us } => (has_control, since_clone_us),
@@ -304,6 +301,14 @@ impl Drop for Sandbox {
 
 /// The number of the program a sandbox is launched with.
 const FIRST_PROGRAM: u32 = 1;
+
+/// A channel in which the request for the first program waits already, so that init finds it without a turn over
+/// the sockets.
+fn asked_to_start(spec: &SandboxSpec, first: ProgramStart<'_>) -> Result<(Channel, Channel), LaunchError> {
+    let (ours, theirs) = Channel::pair()?;
+    request_start(&ours, spec, FIRST_PROGRAM, first)?;
+    Ok((ours, theirs))
+}
 
 fn request_start(
     channel: &Channel,

@@ -55,28 +55,30 @@ impl Launcher {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// Forks an init and hands it `plan`. Blocks for a fraction of a millisecond.
+    /// Forks an init that gets `plan` and `channel`. Blocks for a fraction of a millisecond.
     ///
     /// # Errors
     /// [`LaunchError::LauncherLost`] when the launcher is gone; the next call finds its successor.
-    pub fn fork(&self, plan: &Plan, cgroup: Option<BorrowedFd<'_>>) -> Result<Forked, LaunchError> {
+    pub fn fork(
+        &self,
+        plan: &Plan,
+        channel: Channel,
+        cgroup: Option<BorrowedFd<'_>>,
+    ) -> Result<Forked, LaunchError> {
         let plan_bytes = postcard::to_stdvec(plan).map_err(io::Error::other)?;
-        let (ours, theirs) = Channel::pair()?;
         let request = Launch { user_namespace: plan.id_map.is_some(), into_cgroup: cgroup.is_some() };
-        let mut fds = vec![theirs.as_fd()];
+        let mut fds = vec![channel.as_fd()];
         fds.extend(cgroup);
         let mut slot = self.slot();
-        let channel = slot.as_ref().ok_or(LaunchError::LauncherLost)?;
-        let answer = channel.send(&request, &plan_bytes, &fds).and_then(|()| channel.recv::<Launched>());
+        let control = slot.as_ref().ok_or(LaunchError::LauncherLost)?;
+        let answer = control.send(&request, &plan_bytes, &fds).and_then(|()| control.recv::<Launched>());
         let Ok(Some(mut answer)) = answer else {
             // A stuck or dead launcher is not asked again; dropping its socket ends it.
             *slot = None;
             return Err(LaunchError::LauncherLost);
         };
         match answer.message {
-            Launched::Running { pid, clone_us } => {
-                Ok(Forked { channel: ours, pidfd: answer.fd()?, pid, clone_us })
-            }
+            Launched::Running { pid, clone_us } => Ok(Forked { pidfd: answer.fd()?, pid, clone_us }),
             Launched::Refused(failure) => Err(LaunchError::Step(failure)),
         }
     }
