@@ -16,7 +16,8 @@ use execd_init_shim::EXECUTE;
 use execd_init_shim::messages::Command;
 use execd_sys::SingleThreaded;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use std::ffi::{CString, OsString};
 use std::io::{IsTerminal, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -45,6 +46,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     let new_session = prepared.spec.new_session;
     let commands = commands(&args.command, &prepared.spec.environment)?;
     let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
+    let mut signals = Signals::register()?;
     let start = ProgramStart { commands, streams, cgroup: None };
     let (sandbox, program) = match Sandbox::fork(&proof, prepared.spec, start) {
         Err(LaunchError::Step(failure)) if failure.step.starts_with(EXECUTE) => {
@@ -57,18 +59,51 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
         let (clone, mounts, exec) = (sandbox.clone_us, sandbox.assembled_us, program.since_clone_us);
         eprintln!("{{\"clone_us\":{clone},\"assembled_us\":{mounts},\"exec_us\":{exec}}}");
     }
-    supervise(&sandbox, program.id, &program.pidfd, new_session)
+    supervise(&sandbox, &mut signals, program.id, &program.pidfd, new_session)
+}
+
+/// Signals that are for the command rather than for execd; each rings a socket.
+struct Signals(Vec<(i32, UnixStream)>);
+
+impl Signals {
+    fn register() -> anyhow::Result<Self> {
+        let mut bells = Vec::new();
+        for signal in [SIGINT, SIGQUIT, SIGTERM, SIGHUP] {
+            let (bell, write) = UnixStream::pair()?;
+            signal_hook::low_level::pipe::register(signal, write)?;
+            bells.push((signal, bell));
+        }
+        Ok(Self(bells))
+    }
+
+    /// Waits until a signal has come or `other` is readable; the signals that have come.
+    fn wait(&mut self, other: &impl AsFd) -> anyhow::Result<Vec<i32>> {
+        let mut fds = vec![PollFd::new(other, PollFlags::IN)];
+        fds.extend(self.0.iter().map(|(_, bell)| PollFd::new(bell, PollFlags::IN)));
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) | Ok(_) => {}
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        let rung: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
+        drop(fds);
+        let rung = self.0.iter_mut().zip(rung).filter(|(_, rung)| *rung);
+        Ok(rung
+            .map(|((signal, bell), _)| {
+                let _ = bell.read(&mut [0; 16]);
+                *signal
+            })
+            .collect())
+    }
 }
 
 /// Waits for the end, passing on the signals that are meant for the command.
-fn supervise(sandbox: &Sandbox, id: u32, pidfd: &OwnedFd, own_session: bool) -> anyhow::Result<i32> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-    let mut bells = Vec::new();
-    for signal in [SIGINT, SIGQUIT, SIGTERM, SIGHUP] {
-        let (bell, write) = UnixStream::pair()?;
-        signal_hook::low_level::pipe::register(signal, write)?;
-        bells.push((signal, bell));
-    }
+fn supervise(
+    sandbox: &Sandbox,
+    signals: &mut Signals,
+    id: u32,
+    pidfd: &OwnedFd,
+    own_session: bool,
+) -> anyhow::Result<i32> {
     loop {
         match sandbox.next_exit() {
             Exit::Program(of, status) if of == id => return Ok(status.shell_code()),
@@ -76,19 +111,10 @@ fn supervise(sandbox: &Sandbox, id: u32, pidfd: &OwnedFd, own_session: bool) -> 
             Exit::Sandbox => anyhow::bail!("the sandbox died"),
             Exit::None => {}
         }
-        let mut fds = vec![PollFd::new(sandbox, PollFlags::IN)];
-        fds.extend(bells.iter().map(|(_, bell)| PollFd::new(bell, PollFlags::IN)));
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) | Ok(_) => {}
-            Err(errno) => return Err(errno).context("poll"),
-        }
-        let rung: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
-        drop(fds);
-        for ((signal, bell), _) in bells.iter_mut().zip(rung).filter(|(_, rung)| *rung) {
-            let _ = bell.read(&mut [0; 16]);
+        for signal in signals.wait(sandbox)? {
             // What the terminal sends reaches a command in our session by itself.
-            if own_session || matches!(*signal, SIGTERM | SIGHUP) {
-                let _ = execd_sys::send_signal(rustix::fd::AsFd::as_fd(pidfd), *signal);
+            if own_session || matches!(signal, SIGTERM | SIGHUP) {
+                let _ = execd_sys::send_signal(pidfd.as_fd(), signal);
             }
         }
     }

@@ -126,13 +126,14 @@ impl Dialect {
     pub(super) fn run_line(self, token: &str, envs: &[(String, String)]) -> String {
         let builtin = self.run_builtin();
         let mut line = String::new();
+        // Not `builtin .`: bash 5.2 drops variables set in front of that with the first builtin the code runs.
         for (name, value) in envs {
             line.push_str(&format!("{name}={} ", quote(value)));
         }
         let [code, input, out, err, status] =
             [name::CODE, name::INPUT, name::OUT, name::ERR, name::STATUS].map(ControlDir::path);
         line.push_str(&format!(
-            "{builtin} . {code} <{input} >{out} 2>{err};{builtin} echo {token} \"$?\" >{status}\n\n"
+            "\\command . {code} <{input} >{out} 2>{err};{builtin} echo {token} \"$?\" >{status}\n\n"
         ));
         line
     }
@@ -165,7 +166,7 @@ mod tests {
         let line = Dialect::Bash.run_line("tok", &envs);
         assert_eq!(
             line,
-            "A='it'\\''s $x `y` \"z\"' \\builtin . /run/execd/c </run/execd/i >/run/execd/o \
+            "A='it'\\''s $x `y` \"z\"' \\command . /run/execd/c </run/execd/i >/run/execd/o \
              2>/run/execd/e;\\builtin echo tok \"$?\" >/run/execd/s\n\n"
         );
         assert!(Dialect::Posix.run_line("t", &[]).starts_with("\\command . "));

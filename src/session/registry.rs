@@ -204,11 +204,11 @@ impl Registry {
         let name = id.to_string();
         let Prepared { spec, uppers, effective } = prepare(&self.foundation, &name, options)?;
         let cgroup = self.cgroups.as_ref().map(|tree| tree.sandbox(&name)).transpose()?.map(Arc::new);
-        let guard = CgroupGuard(cgroup.clone());
+        let mut guard = CgroupGuard(cgroup.clone());
         let answer_max = Duration::from_millis(self.foundation.config.session.shell_start_max_ms);
         let launcher_generation = self.launcher.generation();
         let (shell, sandbox, timings) = Shell::launch(&self.launcher, spec, cgroup.clone(), answer_max)?;
-        std::mem::forget(guard);
+        guard.0 = None;
         tracing::info!(
             session = %id,
             clone_us = timings.clone_us,

@@ -282,11 +282,11 @@ impl Shell {
 
     /// Asks a run to end: the shell by a signal whose trap leaves the code, its processes by SIGINT.
     pub(super) fn interrupt(&self) {
-        let process = &self.process;
-        self.signal_run(SIGINT);
-        if process.dialect == Dialect::Bash {
-            let _ = execd_sys::send_signal(process.pidfd.as_fd(), INTERRUPT_SIGNAL);
+        // The shell first: it must know before its child is gone, or it goes on with the next command.
+        if self.process.dialect == Dialect::Bash {
+            let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), INTERRUPT_SIGNAL);
         }
+        self.signal_run(SIGINT);
     }
 
     /// Kills the processes of a run, those included that ignore signals, are stopped or detached themselves,

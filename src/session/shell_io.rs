@@ -260,13 +260,13 @@ impl ShellIo {
         self.drain_status();
     }
 
-    /// The exit status that the report with `token` tells, if it has come.
+    /// The exit status that the report with `token` tells, if it has come. What others wrote in front of it does
+    /// not matter: the report is one atomic write (pipe(7), PIPE_BUF).
     pub(super) fn reported(&self, token: &str) -> Option<i32> {
         let text = String::from_utf8_lossy(&self.status_bytes);
-        text.split_inclusive('\n').find_map(|line| {
-            let (word, status) = line.strip_suffix('\n')?.split_once(' ')?;
-            if word == token { status.parse().ok() } else { None }
-        })
+        let (_, report) = text.split_once(token).filter(|_| !token.is_empty())?;
+        let (status, _) = report.split_once('\n')?;
+        status.trim_start().parse().ok()
     }
 
     /// Whether a stream has something to read.

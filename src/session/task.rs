@@ -136,6 +136,7 @@ impl Task {
                 Next::Attend(Err(error)) => Some(format!("its descriptors failed: {error}")),
                 Next::Expire => {
                     tracing::info!(session = %self.session.id, "session idle for too long");
+                    self.session.stop();
                     return None;
                 }
             };
@@ -302,6 +303,10 @@ async fn conduct(
             }
         }
     };
+    if stopping != Stopping::No && matches!(sign, Sign::Reported(_)) {
+        // The shell has come back, but what it started in the background ignores SIGINT.
+        shell.kill_run();
+    }
     drain(&mut shell.io, events, stop).await;
     match (sign, stopping.cause()) {
         (Sign::SandboxGone, _) => End::SessionEnded,
