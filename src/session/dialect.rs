@@ -120,20 +120,31 @@ impl Dialect {
         format!("{builtin} . {boot};{builtin} echo {token} 0 >{status}\n\n")
     }
 
+    /// A line that does nothing but report.
+    pub(super) fn idle_line(self, token: &str) -> String {
+        let builtin = self.run_builtin();
+        format!("{builtin} :;{builtin} echo {token} 0 >{}\n\n", ControlDir::path(name::STATUS))
+    }
+
     /// The line that runs the code in the control directory. Variables in front of `.` vanish with it, and so
     /// do the redirections, whatever `exec` does inside. The empty line is for `super::shell` to see whether
     /// the shell came back.
     pub(super) fn run_line(self, token: &str, envs: &[(String, String)]) -> String {
         let builtin = self.run_builtin();
         let mut line = String::new();
-        // Not `builtin .`: bash 5.2 drops variables set in front of that with the first builtin the code runs.
+        // bash 5.2 drops variables set in front of `builtin .` with the first builtin that the code runs, so
+        // `command` stands in between. It alone would let a function of that name swallow every later run.
+        let source = match self {
+            Self::Bash => "\\builtin command .",
+            Self::Posix => "\\command .",
+        };
         for (name, value) in envs {
             line.push_str(&format!("{name}={} ", quote(value)));
         }
         let [code, input, out, err, status] =
             [name::CODE, name::INPUT, name::OUT, name::ERR, name::STATUS].map(ControlDir::path);
         line.push_str(&format!(
-            "\\command . {code} <{input} >{out} 2>{err};{builtin} echo {token} \"$?\" >{status}\n\n"
+            "{source} {code} <{input} >{out} 2>{err};{builtin} echo {token} \"$?\" >{status}\n\n"
         ));
         line
     }
@@ -166,7 +177,7 @@ mod tests {
         let line = Dialect::Bash.run_line("tok", &envs);
         assert_eq!(
             line,
-            "A='it'\\''s $x `y` \"z\"' \\command . /run/execd/c </run/execd/i >/run/execd/o \
+            "A='it'\\''s $x `y` \"z\"' \\builtin command . /run/execd/c </run/execd/i >/run/execd/o \
              2>/run/execd/e;\\builtin echo tok \"$?\" >/run/execd/s\n\n"
         );
         assert!(Dialect::Posix.run_line("t", &[]).starts_with("\\command . "));

@@ -42,6 +42,8 @@ pub(super) struct Shell {
     process: Process,
     cgroup: Option<Arc<Cgroup>>,
     leaves: u32,
+    /// The leaf of a run that was killed.
+    killed: Option<Cgroup>,
 }
 
 #[derive(Debug)]
@@ -153,10 +155,10 @@ impl Shell {
             exec_us: started.since_clone_us,
             ready_us: 0,
         };
-        let io = ShellIo::new(ControlDir::new(control), (*sandbox).as_fd())?;
+        let io = ShellIo::new(ControlDir::new(control)?, (*sandbox).as_fd())?;
         let Streams { script, diagnostics, .. } = streams;
         let process = Process::new(started, leaf, diagnostics)?;
-        let mut shell = Self { sandbox: Arc::clone(&sandbox), io, process, cgroup, leaves: 1 };
+        let mut shell = Self { sandbox: Arc::clone(&sandbox), io, process, cgroup, leaves: 1, killed: None };
         shell.boot(script, None, answer_max)?;
         let ready_us = began.elapsed().as_micros() as u32;
         Ok((shell, sandbox, Timings { ready_us, ..timings }))
@@ -229,7 +231,7 @@ impl Shell {
         envs: &[(String, String)],
     ) -> io::Result<String> {
         let control = self.io.control();
-        control.put(name::CODE, code.as_bytes())?;
+        control.put_code(code.as_bytes())?;
         if let Some(stdin) = stdin {
             control.put(name::INPUT, stdin)?;
         }
@@ -297,11 +299,29 @@ impl Shell {
         if self.process.leaf.is_none() {
             return self.signal_run(SIGKILL);
         }
-        let old = self.move_shell_out_keeping();
-        if let Err(error) = old.and_then(|leaf| leaf.map_or(Ok(()), |leaf| leaf.kill())) {
+        let killed = self.move_shell_out_keeping().and_then(|leaf| {
+            self.killed = leaf;
+            self.killed.as_ref().map_or(Ok(()), Cgroup::kill)
+        });
+        if let Err(error) = killed {
             tracing::warn!(%error, "cgroup.kill failed; killing one by one");
             self.signal_run(SIGKILL);
         }
+    }
+
+    /// Whether all processes of the last run that was killed are gone.
+    pub(super) fn killed_run_is_gone(&self) -> bool {
+        self.killed.as_ref().is_none_or(|leaf| leaf.processes().is_ok_and(|left| left.is_empty()))
+    }
+
+    /// Has the shell do nothing and report; the token of that. bash mentions children that were killed at its
+    /// next command, and this way not in the output of the next run.
+    pub(super) fn begin_nothing(&mut self) -> String {
+        self.killed = None;
+        let token = token();
+        let line = self.process.dialect.idle_line(&token);
+        self.io.send(&line);
+        token
     }
 
     /// Kills the shell itself.

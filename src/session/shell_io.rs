@@ -67,6 +67,8 @@ pub(super) struct ShellIo {
     state_bytes: Vec<u8>,
     retired: Vec<(u64, OwnedFd)>,
     next_tag: u64,
+    /// Whether it is noticed that the shell reads on.
+    watching_prompt: bool,
     /// Set when the shell has read everything up to its prompt.
     pub(super) at_prompt: bool,
     /// Set when init has said something.
@@ -118,6 +120,7 @@ impl ShellIo {
             state_bytes: Vec::new(),
             retired: Vec::new(),
             next_tag: FIRST_RETIRED,
+            watching_prompt: false,
             at_prompt: false,
             sandbox_spoke: false,
             epoll: Epoll::Plain(epoll),
@@ -140,8 +143,9 @@ impl ShellIo {
     /// Takes the script pipe of a new shell and forgets all about the one before.
     pub(super) fn attach(&mut self, script: OwnedFd) -> io::Result<()> {
         self.detach();
-        add(self.epoll.as_fd(), script.as_fd(), SCRIPT, EventFlags::OUT)?;
+        add(self.epoll.as_fd(), script.as_fd(), SCRIPT, EventFlags::empty())?;
         self.script = Some(script);
+        self.watching_prompt = false;
         self.drain_status();
         self.status_bytes.clear();
         self.at_prompt = false;
@@ -168,6 +172,27 @@ impl ShellIo {
         self.status_bytes.clear();
         self.unsent.extend_from_slice(line.as_bytes());
         self.send_more();
+        self.watch_prompt(!self.unsent.is_empty());
+    }
+
+    /// Turns on or off that the shell's reading on is noticed. Off for short runs: it reads on after each of
+    /// them, and noticing costs a wake-up.
+    pub(super) fn watch_prompt(&mut self, on: bool) {
+        if std::mem::replace(&mut self.watching_prompt, on) == on {
+            return;
+        }
+        let Some(script) = &self.script else { return };
+        let interest = if on { EventFlags::OUT } else { EventFlags::empty() };
+        let changed =
+            epoll::modify(self.epoll.as_fd(), script, EventData::new_u64(SCRIPT), interest | EventFlags::ET);
+        if let Err(error) = changed {
+            tracing::error!(%error, "a script pipe cannot be watched");
+        }
+    }
+
+    /// Whether [`ShellIo::watch_prompt`] is on.
+    pub(super) fn watches_prompt(&self) -> bool {
+        self.watching_prompt
     }
 
     fn send_more(&mut self) {

@@ -23,6 +23,10 @@ const DESTROY_MAX: Duration = Duration::from_secs(10);
 const DEAD_KEPT: Duration = Duration::from_secs(60);
 /// How long a shell may take to report once the processes of its run are killed.
 const REPORT_AFTER_KILL_MAX: Duration = Duration::from_millis(100);
+/// Between two looks at whether killed processes are gone.
+const GONE_CHECK_INTERVAL: Duration = Duration::from_millis(1);
+/// How long a run has to last before it is noticed that its shell may be lost.
+const PROMPT_WATCH_DELAY: Duration = Duration::from_millis(2);
 /// For a deadline that is none.
 const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -271,7 +275,8 @@ async fn conduct(
     };
     let grace = Duration::from_millis(config.interrupt_grace_ms);
     let mut stopping = Stopping::No;
-    let mut deadline = Instant::now() + spec.timeout.unwrap_or(FAR);
+    let began = Instant::now();
+    let mut deadline = began + spec.timeout.unwrap_or(FAR);
     let sign = loop {
         if let Some(sign) = shell.sign(&token) {
             break sign;
@@ -283,6 +288,9 @@ async fn conduct(
             () = told_to(stop) => return End::SessionEnded,
             () = sleep_until(deadline) => {
                 (stopping, deadline) = escalate(shell, stopping, spec, grace);
+            }
+            () = sleep_until(began + PROMPT_WATCH_DELAY), if !shell.io.watches_prompt() => {
+                shell.io.watch_prompt(true);
             }
             () = events.closed(), if stopping == Stopping::No => {
                 shell.interrupt();
@@ -304,8 +312,7 @@ async fn conduct(
         }
     };
     if stopping != Stopping::No && matches!(sign, Sign::Reported(_)) {
-        // The shell has come back, but what it started in the background ignores SIGINT.
-        shell.kill_run();
+        settle(shell).await;
     }
     drain(&mut shell.io, events, stop).await;
     match (sign, stopping.cause()) {
@@ -315,6 +322,22 @@ async fn conduct(
         (Sign::Reported(status), None) => End::Status(status),
         (Sign::Ended(status), None) => End::ShellEnded(status),
         (Sign::Lost, None) => End::ShellLost,
+    }
+}
+
+/// Ends what an interrupted run left in the background, which ignores SIGINT, and lets the shell take note of it.
+/// A shell that does not even manage that is killed, and then replaced.
+async fn settle(shell: &mut Shell) {
+    shell.kill_run();
+    let deadline = Instant::now() + REPORT_AFTER_KILL_MAX;
+    while !shell.killed_run_is_gone() && Instant::now() < deadline {
+        tokio::time::sleep(GONE_CHECK_INTERVAL).await;
+    }
+    let token = shell.begin_nothing();
+    while shell.sign(&token).is_none() {
+        if !matches!(tokio::time::timeout_at(deadline, shell.io.wait()).await, Ok(Ok(()))) {
+            return shell.kill_shell();
+        }
     }
 }
 
