@@ -1,14 +1,15 @@
-//! Carries out the mount steps of a plan with the new mount API (kernel 5.12) and makes the result `/`.
+//! Carries out the mount steps of a plan with the new mount API (kernel 5.12).
 //!
 //! 1. All mounts of the copied namespace become private, so nothing travels out.
-//! 2. The first step on `/` (or an empty tmpfs) is stacked on the old root. Paths keep resolving in the old
-//!    root, because a process's root directory is not crossed upwards; the new root is reached by descriptor.
-//! 3. Each further step makes a detached mount, sets its attributes, and attaches it to a destination opened
-//!    with `openat2(RESOLVE_IN_ROOT)` in the new root, so no link of an image or workspace leads elsewhere.
-//! 4. `pivot_root(".", ".")` and a lazy unmount of the old root, which nothing names any more.
-//!
-//! Sources are opened with `RESOLVE_NO_SYMLINKS`: the daemon resolved and checked them, and a link that
-//! appears in between makes the step fail instead of leading somewhere unchecked.
+//! 2. Detached mounts are made of everything that comes from the daemon's file system, while that can be seen as
+//!    the daemon sees it. Sources are opened with `RESOLVE_NO_SYMLINKS`: the daemon resolved and checked them, and
+//!    a link that appears in between makes the step fail instead of leading somewhere unchecked.
+//! 3. The root. A read-only view of all of `/` needs no new mount: the copied namespace is made read-only in
+//!    place, which saves a copy of every mount and the wait for the old root to go. Any other root is stacked on
+//!    the old one.
+//! 4. Each mount is attached, in order, to a destination opened with `openat2(RESOLVE_IN_ROOT)` in the new root,
+//!    so no link of an image or workspace leads elsewhere.
+//! 5. A stacked root becomes `/` by `pivot_root(".", ".")` and a lazy unmount of the old one.
 
 use crate::Failure;
 use crate::failure::{Call, CallError};
@@ -55,18 +56,30 @@ pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, F
     mount_setattr(old.as_fd(), SELF, true, NO_ATTR, Propagation::Private)
         .call(|| "mount_setattr(\"/\", AT_RECURSIVE, MS_PRIVATE)".into())
         .map_err(|e| e.of(step))?;
+    // Overlays name their layers by paths through this folder, which a mount may soon cover.
+    rustix::process::chdir("/proc/self/fd")
+        .call(|| "chdir(\"/proc/self/fd\")".into())
+        .map_err(|e| e.of(step))?;
     let mut builder = Builder { old, root: None, control: None, scratch: None, userns };
-    if steps.first().is_none_or(|first| first.dest() != Path::new("/")) {
-        let base = tmpfs(0o755, 1 << 20, 1024, NOSUID_NODEV).map_err(|e| e.of(step))?;
-        builder.attach(&base, Path::new("/"), FileType::Directory).map_err(|e| e.of(step))?;
-    }
+    let (in_place, steps) = builder.found_root(steps).map_err(|e| e.of(step))?;
+    let mut made = Vec::new();
     for step in steps {
-        builder.carry_out(step).map_err(|error| error.of(describe(step)))?;
+        made.push(builder.make(step).map_err(|error| error.of(describe(step)))?);
+    }
+    if in_place {
+        let attr = MountAttr { read_only: true, ..NOSUID_NODEV };
+        set_attr(builder.old.as_fd(), true, attr).map_err(|e| e.of("make the root read-only"))?;
+    }
+    for (step, mounts) in steps.iter().zip(made) {
+        builder.place(step, mounts).map_err(|error| error.of(describe(step)))?;
     }
     let Some(root) = builder.root else {
         return Err(Failure::check(step, "nothing is mounted on /"));
     };
-    enter(&root).map_err(|e| e.of("enter the new root"))?;
+    if !in_place {
+        enter(&root).map_err(|e| e.of("enter the new root"))?;
+    }
+    rustix::process::chdir("/").call(|| "chdir(\"/\")".into()).map_err(|e| e.of(step))?;
     Ok(Assembled { root, control: builder.control })
 }
 
@@ -88,8 +101,29 @@ fn describe(step: &MountStep) -> String {
 fn enter(root: &OwnedFd) -> Outcome<()> {
     rustix::process::fchdir(root).call(|| "fchdir(new root)".into())?;
     rustix::process::pivot_root(".", ".").call(|| "pivot_root(\".\", \".\")".into())?;
-    unmount(".", UnmountFlags::DETACH).call(|| "umount2(\".\", MNT_DETACH)".into())?;
-    rustix::process::chdir("/").call(|| "chdir(\"/\")".into())
+    unmount(".", UnmountFlags::DETACH).call(|| "umount2(\".\", MNT_DETACH)".into())
+}
+
+/// A detached mount, and where it goes.
+struct Detached {
+    mount: OwnedFd,
+    dest: PathBuf,
+    kind: FileType,
+}
+
+impl Detached {
+    fn directory(mount: OwnedFd, dest: &Path) -> Self {
+        Self { mount, dest: dest.into(), kind: FileType::Directory }
+    }
+}
+
+/// The tmpfs of the private directories.
+struct Scratch {
+    mount: OwnedFd,
+    /// A directory in it that stays empty.
+    empty: OwnedFd,
+    /// How many others it has.
+    count: u32,
 }
 
 struct Builder {
@@ -98,42 +132,75 @@ struct Builder {
     /// `/` as the sandbox will see it; `None` until the first mount.
     root: Option<OwnedFd>,
     control: Option<OwnedFd>,
-    /// The tmpfs of the private directories, and how many it has.
-    scratch: Option<(OwnedFd, u32)>,
+    scratch: Option<Scratch>,
     userns: bool,
 }
 
 impl Builder {
-    fn carry_out(&mut self, step: &MountStep) -> Outcome<()> {
+    /// Sees to the root; whether it is the old one in place, and the steps that are left.
+    fn found_root<'a>(&mut self, steps: &'a [MountStep]) -> Outcome<(bool, &'a [MountStep])> {
+        let root = Path::new("/");
+        match steps.split_first() {
+            Some((MountStep::Bind { source, dest, read_only: true, recursive: true }, rest))
+                if source == root && dest == root =>
+            {
+                self.root = Some(self.old.try_clone().call(|| "dup(root)".into())?);
+                Ok((true, rest))
+            }
+            Some((first, rest)) if first.dest() == root => {
+                let mounts = self.make(first)?;
+                self.place(first, mounts)?;
+                Ok((false, rest))
+            }
+            _ => {
+                let base = tmpfs(0o755, 1 << 20, 1024, NOSUID_NODEV)?;
+                self.attach(&Detached::directory(base, root))?;
+                Ok((false, steps))
+            }
+        }
+    }
+
+    /// Makes what a step needs of the daemon's file system.
+    fn make(&mut self, step: &MountStep) -> Outcome<Vec<Detached>> {
         match step {
             MountStep::Bind { source, dest, read_only, recursive } => {
                 let source = self.source(source)?;
                 let kind = file_type(source.as_fd())?;
-                let tree = clone_tree(source.as_fd(), SELF, *recursive)?;
+                let mount = clone_tree(source.as_fd(), SELF, *recursive)?;
                 let attr = MountAttr { read_only: *read_only, ..NOSUID_NODEV };
-                set_attr(tree.as_fd(), *recursive, attr)?;
-                self.attach(&tree, dest, kind)
+                set_attr(mount.as_fd(), *recursive, attr)?;
+                Ok(vec![Detached { mount, dest: dest.clone(), kind }])
             }
-            MountStep::Overlay { lower, upper, dest } => self.overlay(lower, upper, dest),
+            MountStep::Overlay { lower, upper, dest } => {
+                Ok(vec![Detached::directory(self.overlay(lower, upper)?, dest)])
+            }
             MountStep::Tmpfs { dest, mode, bytes_max, inodes_max } => {
                 let mount = tmpfs(*mode, *bytes_max, *inodes_max, NOSUID_NODEV)?;
-                self.attach(&mount, dest, FileType::Directory)
+                Ok(vec![Detached::directory(mount, dest)])
             }
             MountStep::Scratch { dest, bytes_max, inodes_max } => {
-                // Device nodes are made in it; each directory that is shown says nodev for itself.
-                let mount = tmpfs(0o700, *bytes_max, *inodes_max, NOSUID)?;
-                self.attach(&mount, dest, FileType::Directory)?;
-                self.scratch = Some((mount, 0));
-                Ok(())
+                self.park_scratch(dest, *bytes_max, *inodes_max)?;
+                Ok(Vec::new())
             }
             MountStep::Private { dest, mode } => {
                 let (_, mount) = self.scratch_dir(*mode, NOSUID_NODEV)?;
-                self.attach(&mount, dest, FileType::Directory)
+                Ok(vec![Detached::directory(mount, dest)])
             }
             MountStep::Dev { dest } => self.dev(dest),
+            MountStep::Proc { .. } | MountStep::Mask { .. } | MountStep::Control { .. } => Ok(Vec::new()),
+        }
+    }
+
+    /// Attaches what was made for a step, and does what can only be done in the new root.
+    fn place(&mut self, step: &MountStep, mounts: Vec<Detached>) -> Outcome<()> {
+        for mount in &mounts {
+            self.attach(mount)?;
+        }
+        match step {
             MountStep::Proc { dest, read_only, masked } => self.proc(dest, read_only, masked),
             MountStep::Mask { dest } => self.mask_path(dest),
             MountStep::Control { dest, bytes_max } => self.control(dest, *bytes_max),
+            _ => Ok(()),
         }
     }
 
@@ -159,21 +226,17 @@ impl Builder {
 
     /// Attaches a detached mount. A mount point that does not exist is made, which works wherever an earlier
     /// step put something writable.
-    fn attach(&mut self, mount: &OwnedFd, dest: &Path, kind: FileType) -> Outcome<()> {
+    fn attach(&mut self, Detached { mount, dest, kind }: &Detached) -> Outcome<()> {
         if dest == Path::new("/") {
-            move_mount(
-                mount,
-                SELF,
-                CWD,
-                "/",
-                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS,
-            )
-            .call(|| "move_mount(mount, \"/\")".into())?;
+            // Stacked on the old root: paths keep resolving in that, since a process's root directory is not
+            // crossed upwards, and the new one is reached by descriptor.
+            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+            move_mount(mount, SELF, CWD, "/", flags).call(|| "move_mount(mount, \"/\")".into())?;
             self.root = Some(mount.try_clone().call(|| "dup(mount)".into())?);
             return Ok(());
         }
         let target = match self.open_inside(dest) {
-            Err(error) if error.is(Errno::NOENT) => self.make_mount_point(dest, kind)?,
+            Err(error) if error.is(Errno::NOENT) => self.make_mount_point(dest, *kind)?,
             other => other?,
         };
         attach_to(mount.as_fd(), target.as_fd())
@@ -209,15 +272,15 @@ impl Builder {
         Ok(parent)
     }
 
-    fn overlay(&mut self, lower: &Path, upper: &Upper, dest: &Path) -> Outcome<()> {
+    fn overlay(&mut self, lower: &Path, upper: &Upper) -> Outcome<OwnedFd> {
         let lower = self.source(lower)?;
-        let (upper_dir, work_dir) = match upper {
+        let (upper, work) = match upper {
             Upper::Directory { upper, work } => (self.source(upper)?, self.source(work)?),
             Upper::Tmpfs { bytes_max, inodes_max } => {
-                // overlayfs wants its upper mounted in this namespace. The destination itself serves: the
-                // overlay then lies on top and nothing reaches the tmpfs any more.
+                // overlayfs wants its upper mounted in this namespace, so it is parked beneath the scratch.
+                let (place, _) = self.scratch_dir(0o700, NOSUID_NODEV)?;
                 let mount = tmpfs(0o755, *bytes_max, *inodes_max, NOSUID_NODEV)?;
-                self.attach(&mount, dest, FileType::Directory)?;
+                attach_to(mount.as_fd(), place.as_fd())?;
                 for name in ["upper", "work"] {
                     mkdirat(&mount, name, Mode::from(0o755)).call(|| format!("mkdir({name})"))?;
                 }
@@ -226,41 +289,55 @@ impl Builder {
                 (upper, open_beneath(mount.as_fd(), Path::new("work"))?)
             }
         };
-        let mount = overlay_mount(&lower, &upper_dir, &work_dir, self.userns)?;
-        self.attach(&mount, dest, FileType::Directory)
+        overlay_mount(&lower, &upper, &work, self.userns)
     }
 
     fn control(&mut self, dest: &Path, bytes_max: u64) -> Outcome<()> {
         // Of its own, so that a session that fills its private places can still be given code to run.
         let mount = tmpfs(0o755, bytes_max, 4096, MountAttr { noexec: true, ..NOSUID_NODEV })?;
-        self.attach(&mount, dest, FileType::Directory)?;
+        let mount = Detached::directory(mount, dest);
+        self.attach(&mount)?;
         // A second, detached mount of the same tmpfs stays writable for the daemon.
-        self.control = Some(clone_tree(mount.as_fd(), SELF, false)?);
-        set_attr(mount.as_fd(), false, MountAttr { read_only: true, ..NO_ATTR })
+        self.control = Some(clone_tree(mount.mount.as_fd(), SELF, false)?);
+        set_attr(mount.mount.as_fd(), false, MountAttr { read_only: true, ..NO_ATTR })
+    }
+
+    fn park_scratch(&mut self, dest: &Path, bytes_max: u64, inodes_max: u64) -> Outcome<()> {
+        // Device nodes are made in it; each directory that is shown says nodev for itself.
+        let scratch = Detached::directory(tmpfs(0o700, bytes_max, inodes_max, NOSUID)?, dest);
+        self.attach(&scratch)?;
+        let mount = scratch.mount;
+        mkdirat(&mount, "empty", Mode::from(0o555)).call(|| "mkdir(empty)".into())?;
+        let empty = open_beneath(mount.as_fd(), Path::new("empty"))?;
+        self.scratch = Some(Scratch { mount, empty, count: 0 });
+        Ok(())
+    }
+
+    fn scratch(&mut self) -> Outcome<&mut Scratch> {
+        self.scratch.as_mut().ok_or_else(|| CallError::what("no scratch tmpfs has been mounted"))
     }
 
     /// A new directory of the scratch tmpfs, and a detached mount of it.
     fn scratch_dir(&mut self, mode: u32, attr: MountAttr) -> Outcome<(OwnedFd, OwnedFd)> {
-        let Some((scratch, count)) = &mut self.scratch else {
-            return Err(CallError::what("no scratch tmpfs has been mounted"));
-        };
-        let name = count.to_string();
-        *count += 1;
-        mkdirat(&*scratch, name.as_str(), Mode::from(mode)).call(|| "mkdir(private directory)".into())?;
-        let dir = open_beneath(scratch.as_fd(), Path::new(&name))?;
+        let scratch = self.scratch()?;
+        let name = scratch.count.to_string();
+        scratch.count += 1;
+        mkdirat(&scratch.mount, name.as_str(), Mode::from(mode))
+            .call(|| "mkdir(private directory)".into())?;
+        let dir = open_beneath(scratch.mount.as_fd(), Path::new(&name))?;
         let mount = clone_tree(dir.as_fd(), SELF, false)?;
         set_attr(mount.as_fd(), false, attr)?;
         Ok((dir, mount))
     }
 
-    fn dev(&mut self, dest: &Path) -> Outcome<()> {
+    fn dev(&mut self, dest: &Path) -> Outcome<Vec<Detached>> {
         // Nodes are made through the parked mount; what is shown is read-only.
         let (dev, shown) = self.scratch_dir(0o755, MountAttr { read_only: true, noexec: true, ..NOSUID })?;
         let (_, shm) = self.scratch_dir(0o1777, NOSUID_NODEV)?;
         let mut bound = Vec::new();
         for (name, major, minor) in DEVICES {
-            if let Some(node) = self.device(&dev, name, makedev(major, minor))? {
-                bound.push((name, node));
+            if let Some(mount) = self.device(&dev, name, makedev(major, minor))? {
+                bound.push(Detached { mount, dest: dest.join(name), kind: FileType::CharacterDevice });
             }
         }
         for (name, target) in [
@@ -280,13 +357,13 @@ impl Builder {
         for name in ["pts", "shm"] {
             mkdirat(&dev, name, Mode::from(0o755)).call(|| format!("mkdir(dev/{name})"))?;
         }
-        self.attach(&shown, dest, FileType::Directory)?;
-        self.attach(&pts, &dest.join("pts"), FileType::Directory)?;
-        self.attach(&shm, &dest.join("shm"), FileType::Directory)?;
-        for (name, node) in bound {
-            self.attach(&node, &dest.join(name), FileType::CharacterDevice)?;
-        }
-        Ok(())
+        let mut mounts = vec![
+            Detached::directory(shown, dest),
+            Detached::directory(pts, &dest.join("pts")),
+            Detached::directory(shm, &dest.join("shm")),
+        ];
+        mounts.append(&mut bound);
+        Ok(mounts)
     }
 
     /// Makes a node where that is permitted. Without CAP_MKNOD, in a user namespace, or under a device cgroup
@@ -317,7 +394,9 @@ impl Builder {
             let _ = fsconfig_set_string(&context, "gid", "4294967294");
         }
         let proc = create_mount(&context, "proc", MountAttr { noexec: true, ..NOSUID_NODEV })?;
-        self.attach(&proc, dest, FileType::Directory)?;
+        let proc = Detached::directory(proc, dest);
+        self.attach(&proc)?;
+        let proc = proc.mount;
         if self.userns {
             // No nesting: the limit of this namespace, which nothing inside may write any more (the entries
             // below /proc/sys become read-only next).
@@ -357,7 +436,8 @@ impl Builder {
             set_attr(null.as_fd(), false, nothing)?;
             return attach_to(null.as_fd(), target.as_fd());
         }
-        let (_, empty) = self.scratch_dir(0o555, nothing)?;
+        let empty = clone_tree(self.scratch()?.empty.as_fd(), SELF, false)?;
+        set_attr(empty.as_fd(), false, nothing)?;
         attach_to(empty.as_fd(), target.as_fd())
     }
 }
@@ -391,10 +471,10 @@ fn proc_entry(proc: &OwnedFd, name: &str) -> Outcome<Option<OwnedFd>> {
 
 fn overlay_mount(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd, userns: bool) -> Outcome<OwnedFd> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).call(|| "fsopen(overlay)".into())?;
-    // Paths through /proc/self/fd mean exactly the directories that were opened, need no escaping, fit
-    // fsconfig's 255 bytes, and show nothing of the host in the sandbox's mountinfo.
+    // The numbers are links in /proc/self/fd, the working directory. They mean exactly the directories that were
+    // opened, need no escaping, fit fsconfig's 255 bytes, and show nothing of the host in the sandbox's mountinfo.
     for (key, dir) in [("lowerdir", lower), ("upperdir", upper), ("workdir", work)] {
-        fsconfig_set_string(&context, key, format!("/proc/self/fd/{}", dir.as_raw_fd()))
+        fsconfig_set_string(&context, key, dir.as_raw_fd().to_string())
             .call(|| format!("fsconfig(overlay, {key})"))?;
     }
     // An upper that needs nothing but itself to be read back. `nofollow`, because `off` still follows a
@@ -474,8 +554,8 @@ fn copy_ownership(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Outcome<()> {
         Ok(()) | Err(Errno::PERM | Errno::INVAL | Errno::OVERFLOW) => {}
         Err(errno) => return Err(errno).call(|| "fchownat(upper)".into()),
     }
-    // fchmod refuses O_PATH descriptors; the path through procfs names the same directory.
-    let path = format!("/proc/self/fd/{}", to.as_raw_fd());
+    // fchmod refuses O_PATH descriptors; the link in /proc/self/fd, the working directory, is the same directory.
+    let path = to.as_raw_fd().to_string();
     chmodat(CWD, path, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())
         .call(|| "fchmodat(upper)".into())
 }
