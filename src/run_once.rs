@@ -13,7 +13,7 @@ use crate::session::options::{Bind, Mount, MountMode, SessionOptions, UidMode};
 use crate::session::prepare::{Foundation, prepare};
 use anyhow::Context;
 use execd_init_shim::EXECUTE;
-use execd_init_shim::messages::Command;
+use execd_init_shim::messages::{Command, MountStep};
 use execd_sys::SingleThreaded;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -44,17 +44,22 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     // With a terminal the command keeps it, job control included; the filter blocks typing into it (TIOCSTI).
     prepared.spec.new_session = !terminal || prepared.spec.seccomp.is_empty();
     let new_session = prepared.spec.new_session;
+    // Only the shell of a session is talked to.
+    prepared.spec.mounts.retain(|step| !matches!(step, MountStep::Control { .. }));
     let commands = commands(&args.command, &prepared.spec.environment)?;
     let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
     let mut signals = Signals::register()?;
     let start = ProgramStart { commands, streams, cgroup: None };
-    let (sandbox, program) = match Sandbox::fork(&proof, prepared.spec, start) {
+    let (mut sandbox, program) = match Sandbox::fork(&proof, prepared.spec, start) {
         Err(LaunchError::Step(failure)) if failure.step.starts_with(EXECUTE) => {
             eprintln!("execd: {failure}");
             return Ok(if failure.errno == ENOENT { NOT_FOUND } else { NOT_EXECUTABLE });
         }
         other => other?,
     };
+    // Whoever closes the last descriptor of a mount namespace takes it down, which takes a while; that is better
+    // done by init, whom nobody waits for.
+    sandbox.view = None;
     if args.timings {
         let (clone, mounts, exec) = (sandbox.clone_us, sandbox.assembled_us, program.since_clone_us);
         eprintln!("{{\"clone_us\":{clone},\"assembled_us\":{mounts},\"exec_us\":{exec}}}");

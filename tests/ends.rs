@@ -239,7 +239,9 @@ fn late_output_stays_out_of_later_runs() {
     session.run(": >go; while [ ! -e done ]; do sleep 0.01; done; echo two").prints("two\n");
     session.run("echo three").prints("three\n");
     // A flood that nobody reads neither blocks nor shows.
-    session.run("yes flood & echo now").prints("now\n");
+    let code = "(while [ ! -e flood ]; do sleep 0.01; done; exec yes flood) & echo now";
+    session.run(code).prints("now\n");
+    session.run(": >flood").prints("");
     for _ in 0..20 {
         session.run("echo clean").prints("clean\n");
     }

@@ -66,12 +66,10 @@ fn launch(proof: &SingleThreaded, mut request: Received<Launch>) -> (Launched, O
     }
 }
 
-/// The namespaces init is born into. Network and cgroup namespaces it makes itself: the first costs more than
-/// all others together and must not be paid in this serial process, the second must be made from inside the
-/// session's cgroup.
+/// The namespaces init has to be born into. It makes the others itself: they cost more than the fork, and the
+/// launcher serves one request at a time.
 pub fn namespaces(user: bool) -> CloneFlags {
-    let all = CloneFlags::NEWNS.union(CloneFlags::NEWPID).union(CloneFlags::NEWUTS).union(CloneFlags::NEWIPC);
-    if user { all.union(CloneFlags::NEWUSER) } else { all }
+    if user { CloneFlags::NEWPID.union(CloneFlags::NEWUSER) } else { CloneFlags::NEWPID }
 }
 
 /// All sessions die with the launcher, so it should be the last to be picked. Lowering the score needs

@@ -6,7 +6,7 @@
 //!    launcher's, and then an end of file would never be seen)
 //! 2. ask to be killed with the launcher (`PR_SET_PDEATHSIG`)
 //! 3. map ids, when born in a user namespace
-//! 4. cgroup namespace, network namespace, host name, session keyring, OOM score
+//! 4. mount, uts, ipc and cgroup namespace, network namespace, host name, session keyring, OOM score
 //! 5. fork the first program, if it has been asked for already; it prepares itself and waits
 //! 6. mounts, and the new root (`mounts`)
 //! 7. become undumpable: nothing inside can trace it or read its memory, whatever its uid
@@ -190,11 +190,14 @@ fn isolate(plan: &Plan) -> Result<(), Failure> {
     std::fs::write("/proc/self/oom_score_adj", plan.oom_score_adj.to_string())
         .call(|| "write(/proc/self/oom_score_adj)".into())
         .map_err(|e| e.of("set the OOM score"))?;
+    let mut namespaces = CloneFlags::NEWNS.union(CloneFlags::NEWUTS).union(CloneFlags::NEWIPC);
     if plan.cgroup_namespace {
-        execd_sys::unshare(CloneFlags::NEWCGROUP)
-            .call(|| "unshare(CLONE_NEWCGROUP)".into())
-            .map_err(|e| e.of("make the cgroup namespace"))?;
+        // Rooted at the cgroup init was born in, the session's own.
+        namespaces = namespaces.union(CloneFlags::NEWCGROUP);
     }
+    execd_sys::unshare(namespaces)
+        .call(|| "unshare(mount, uts, ipc, cgroup)".into())
+        .map_err(|e| e.of("make the namespaces"))?;
     if plan.network == Network::Loopback {
         make_network().map_err(|e| e.of("make the network namespace"))?;
     }

@@ -82,8 +82,8 @@ pub struct Sandbox {
     pidfd: OwnedFd,
     /// init's pid as the daemon numbers it.
     pub pid: i32,
-    /// The sandbox's files.
-    pub view: View,
+    /// The sandbox's files, until given up.
+    pub view: Option<View>,
     /// Writable descriptor of the control directory, if the spec has one.
     pub control: Option<OwnedFd>,
     /// Wall time of the clone; microseconds.
@@ -201,7 +201,7 @@ impl Sandbox {
             Event::Failed(failure) => return Err(failure.into()),
             _ => return Err(LaunchError::InitLost),
         };
-        let view = View { root: answer.fd()?, mount_namespace: answer.fd()? };
+        let view = Some(View { root: answer.fd()?, mount_namespace: answer.fd()? });
         let control = if has_control { Some(answer.fd()?) } else { None };
         std::mem::forget(guard);
         let state = Mutex::new(State { programs: FIRST_PROGRAM, exits: VecDeque::new() });

@@ -167,7 +167,10 @@ fn explain(error: &LaunchError) -> String {
     const ENOSPC: i32 = 28;
     const ENOSYS: i32 = 38;
     let hint = match error {
-        LaunchError::Step(failure) if failure.errno == EPERM && failure.call.contains("clone3") => {
+        LaunchError::Step(failure)
+            if failure.errno == EPERM
+                && (failure.call.contains("clone3") || failure.call.contains("unshare(mount")) =>
+        {
             "; namespaces need CAP_SYS_ADMIN, or unprivileged user namespaces"
         }
         LaunchError::Step(failure) if failure.errno == EPERM && failure.call.contains("proc") => {
@@ -179,7 +182,7 @@ fn explain(error: &LaunchError) -> String {
         LaunchError::Step(failure) if failure.errno == EPERM => {
             "; missing capability, or a seccomp or AppArmor profile of the container"
         }
-        LaunchError::Step(failure) if failure.errno == ENOSPC && failure.call.contains("clone3") => {
+        LaunchError::Step(failure) if failure.errno == ENOSPC => {
             "; the limit of namespaces is reached (user.max_*_namespaces)"
         }
         LaunchError::Step(failure) if failure.errno == ENOSYS => {
