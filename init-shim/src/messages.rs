@@ -138,8 +138,9 @@ pub enum MountStep {
     Proc {
         /// Where it appears.
         dest: PathBuf,
-        /// Entries made read-only.
-        read_only: Vec<String>,
+        /// All of it read-only: what lies outside the processes' directories is the whole machine's, modes and
+        /// owners included.
+        read_only: bool,
         /// Entries covered by something empty.
         masked: Vec<String>,
     },

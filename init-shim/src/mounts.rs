@@ -197,7 +197,7 @@ impl Builder {
             self.attach(mount)?;
         }
         match step {
-            MountStep::Proc { dest, read_only, masked } => self.proc(dest, read_only, masked),
+            MountStep::Proc { dest, read_only, masked } => self.proc(dest, *read_only, masked),
             MountStep::Mask { dest } => self.mask_path(dest),
             MountStep::Control { dest, bytes_max } => self.control(dest, *bytes_max),
             _ => Ok(()),
@@ -378,13 +378,14 @@ impl Builder {
             return Err(CallError::what(format!("/dev/{name} is not the device of that name")));
         }
         let node = clone_tree(source.as_fd(), SELF, false)?;
-        set_attr(node.as_fd(), false, MountAttr { noexec: true, ..NOSUID })?;
+        // Read-only keeps mode and times of the host's node as they are; the device can be written all the same.
+        set_attr(node.as_fd(), false, MountAttr { read_only: true, noexec: true, ..NOSUID })?;
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         openat(dev, name, flags, Mode::from(0o666)).call(|| format!("open(dev/{name}, O_CREAT)"))?;
         Ok(Some(node))
     }
 
-    fn proc(&mut self, dest: &Path, read_only: &[String], masked: &[String]) -> Outcome<()> {
+    fn proc(&mut self, dest: &Path, read_only: bool, masked: &[String]) -> Outcome<()> {
         let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC).call(|| "fsopen(proc)".into())?;
         // init is not dumpable, so even uid 0 without CAP_SYS_PTRACE does not see it (kernel 5.8 on; an
         // older kernel shows it, and its files stay closed all the same).
@@ -398,20 +399,14 @@ impl Builder {
         self.attach(&proc)?;
         let proc = proc.mount;
         if self.userns {
-            // No nesting: the limit of this namespace, which nothing inside may write any more (the entries
-            // below /proc/sys become read-only next).
+            // No nesting: the limit of this namespace, which is read-only to everything inside.
             let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             let limit = openat(&proc, "sys/user/max_user_namespaces", flags, Mode::empty())
                 .call(|| "open(/proc/sys/user/max_user_namespaces)".into())?;
             rustix::io::write(&limit, b"0").call(|| "write(max_user_namespaces, 0)".into())?;
         }
-        for name in read_only {
-            let Some(target) = proc_entry(&proc, name)? else {
-                continue;
-            };
-            let mount = clone_tree(target.as_fd(), SELF, false)?;
-            set_attr(mount.as_fd(), false, MountAttr { read_only: true, ..NO_ATTR })?;
-            attach_to(mount.as_fd(), target.as_fd())?;
+        if read_only {
+            set_attr(proc.as_fd(), false, MountAttr { read_only: true, ..NO_ATTR })?;
         }
         for name in masked {
             if let Some(target) = proc_entry(&proc, name)? {

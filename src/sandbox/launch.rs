@@ -279,12 +279,17 @@ impl Sandbox {
         }
     }
 
+    /// Kills everything inside.
+    pub fn kill(&self) {
+        drop(KillOnDrop(&self.pidfd));
+    }
+
     /// Kills everything inside and waits until it is gone.
     ///
     /// # Errors
     /// [`LaunchError::TimedOut`] when a process is stuck in the kernel.
     pub fn destroy(&self, timeout: Duration) -> Result<(), LaunchError> {
-        drop(KillOnDrop(&self.pidfd));
+        self.kill();
         wait_readable(self.pidfd.as_fd(), Some(Instant::now() + timeout))
     }
 }
@@ -297,7 +302,7 @@ impl AsFd for Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        drop(KillOnDrop(&self.pidfd));
+        self.kill();
     }
 }
 

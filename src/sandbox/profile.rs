@@ -85,11 +85,11 @@ pub struct Sizes {
 /// Inodes of the private places; a flood of empty files is memory too.
 const INODES_MAX: u64 = 262_144;
 
-/// /proc entries that act on the whole machine: readable, not writable.
-const PROC_READ_ONLY: [&str; 5] = ["sys", "bus", "fs", "irq", "sysrq-trigger"];
 /// /proc entries that tell about the whole machine what no session should know (as OCI runtimes mask).
 const PROC_MASKED: [&str; 9] =
     ["acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list"];
+/// Places below /sys that are the same.
+const MASKED: [&str; 3] = ["/sys/firmware", "/sys/kernel/debug", "/sys/kernel/tracing"];
 /// Places that a caller's mount may neither be nor be beneath: the sandbox's own.
 const RESERVED: [&str; 4] = ["/proc", "/dev", "/sys", CONTROL_DIR];
 
@@ -111,10 +111,10 @@ pub fn mounts(layout: &Layout) -> Vec<MountStep> {
     above.push(MountStep::Dev { dest: "/dev".into() });
     above.push(MountStep::Proc {
         dest: "/proc".into(),
-        read_only: PROC_READ_ONLY.map(String::from).to_vec(),
+        read_only: true,
         masked: PROC_MASKED.map(String::from).to_vec(),
     });
-    above.push(MountStep::Mask { dest: "/sys/firmware".into() });
+    above.extend(MASKED.map(|path| MountStep::Mask { dest: path.into() }));
     if let Some(resolver) = &layout.resolver {
         above.push(bind(resolver, resolver, true, false));
     }
@@ -205,6 +205,8 @@ mod tests {
                 "/workspace",
                 "/run/execd",
                 "/sys/firmware",
+                "/sys/kernel/debug",
+                "/sys/kernel/tracing",
                 "/var/lib/execd/isolation"
             ]
         );

@@ -126,12 +126,17 @@ const NAMESPACE_FLAGS: u32 = 0x7E02_0000;
 const TIOCSTI: u32 = 0x5412;
 const TIOCLINUX: u32 = 0x541C;
 
+/// Sockets to the hypervisor and between its guests' processes, which no network namespace separates (vsock(7)).
+const AF_VSOCK: u32 = 40;
+const EAFNOSUPPORT: u32 = 97;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Allow,
     Deny(Errno),
     CheckCloneFlags,
     CheckIoctlRequest,
+    CheckSocketFamily,
 }
 
 /// A compiled filter.
@@ -171,6 +176,7 @@ fn compile<'a>(entries: impl IntoIterator<Item = (&'a str, Errno)>) -> Filter {
         }
     }
     actions.entry(Sysno::clone as u32).or_insert(Action::CheckCloneFlags);
+    actions.entry(Sysno::socket as u32).or_insert(Action::CheckSocketFamily);
     actions.entry(Sysno::ioctl as u32).or_insert(Action::CheckIoctlRequest);
     Filter { program: assemble(&ranges(&actions)), unknown }
 }
@@ -271,6 +277,12 @@ fn act(action: Action) -> Vec<Instruction> {
         Action::CheckCloneFlags => {
             vec![op(LOAD, 0, 0, DATA_ARGS), op(JUMP_SET, 0, 1, NAMESPACE_FLAGS), deny, allow]
         }
+        Action::CheckSocketFamily => vec![
+            op(LOAD, 0, 0, DATA_ARGS),
+            op(JUMP_EQUAL, 0, 1, AF_VSOCK),
+            op(RETURN, 0, 0, RET_ERRNO | EAFNOSUPPORT),
+            allow,
+        ],
         Action::CheckIoctlRequest => vec![
             op(LOAD, 0, 0, DATA_ARGS + 8),
             op(JUMP_EQUAL, 1, 0, TIOCSTI),
@@ -346,6 +358,8 @@ mod tests {
         assert_eq!(answer(&filter, "ioctl", [0, 0x5401]), RET_ALLOW);
         assert_eq!(answer(&filter, "ioctl", [0, TIOCSTI]), EPERM);
         assert_eq!(answer(&filter, "ioctl", [0, TIOCLINUX]), EPERM);
+        assert_eq!(answer(&filter, "socket", [2, 1]), RET_ALLOW);
+        assert_eq!(answer(&filter, "socket", [AF_VSOCK, 1]), RET_ERRNO | EAFNOSUPPORT);
     }
 
     #[test]

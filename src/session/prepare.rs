@@ -259,12 +259,36 @@ fn check_mount_points(mounts: &[MountStep]) -> Result<(), PrepareError> {
 fn account(options: &SessionOptions, cwd: &Path) -> Vec<(&'static str, String)> {
     let Some(uid) = options.uid else { return Vec::new() };
     // An id without an account is nothing unusual in a container.
-    match nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)) {
-        Ok(Some(user)) => vec![
-            ("HOME", user.dir.display().to_string()),
-            ("USER", user.name.clone()),
-            ("LOGNAME", user.name),
-        ],
-        Ok(None) | Err(_) => vec![("HOME", cwd.display().to_string())],
+    let accounts = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    match passwd_entry(&accounts, uid) {
+        Some((name, home)) => {
+            vec![("HOME", home.to_owned()), ("USER", name.to_owned()), ("LOGNAME", name.to_owned())]
+        }
+        None => vec![("HOME", cwd.display().to_string())],
+    }
+}
+
+/// Name and home of a uid, from the text of passwd(5). Not by getpwuid(3): that loads modules of the C library,
+/// which a static binary must not do.
+fn passwd_entry(accounts: &str, uid: u32) -> Option<(&str, &str)> {
+    accounts.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        match fields.as_slice() {
+            [name, _, id, _, _, home, ..] if id.parse() == Ok(uid) => Some((*name, *home)),
+            _ => None,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accounts_are_found_by_uid() {
+        let accounts = "root:x:0:0:root:/root:/bin/bash\nbroken\nann:x:1000:1000::/home/ann:/bin/sh\n";
+        assert_eq!(passwd_entry(accounts, 1000), Some(("ann", "/home/ann")));
+        assert_eq!(passwd_entry(accounts, 0), Some(("root", "/root")));
+        assert_eq!(passwd_entry(accounts, 12345), None);
     }
 }

@@ -57,6 +57,8 @@ struct Process {
     diagnostics: OwnedFd,
     /// Set once init has reported its end.
     ended: Option<ExitStatus>,
+    /// Set once it has been killed, which its end follows.
+    condemned: bool,
 }
 
 /// What has become of the shell, in the middle of a run or idle.
@@ -327,7 +329,13 @@ impl Shell {
     /// Kills the shell itself.
     pub(super) fn kill_shell(&mut self) {
         self.io.detach();
+        self.process.condemned = true;
         let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), SIGKILL);
+    }
+
+    /// Whether another shell has to take over before the next run.
+    pub(super) fn is_over(&mut self) -> bool {
+        self.process.condemned || matches!(self.idle_sign(), Some(Sign::Ended(_)))
     }
 
     fn new_leaf(&mut self) -> io::Result<Option<Cgroup>> {
@@ -374,7 +382,16 @@ impl Process {
     fn new(started: Started, leaf: Option<Cgroup>, diagnostics: OwnedFd) -> io::Result<Self> {
         let dialect = dialect::of_command(started.command);
         let pid = pid_of(&started.pidfd)?;
-        Ok(Self { dialect, id: started.id, pidfd: started.pidfd, pid, leaf, diagnostics, ended: None })
+        Ok(Self {
+            dialect,
+            id: started.id,
+            pidfd: started.pidfd,
+            pid,
+            leaf,
+            diagnostics,
+            ended: None,
+            condemned: false,
+        })
     }
 
     /// The beginning of what the shell wrote to its own standard error.

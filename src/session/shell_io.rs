@@ -260,12 +260,16 @@ impl ShellIo {
         self.drain_status();
     }
 
+    /// Takes all that waits, which is at most what a pipe holds. Somebody else inside may write here too, so what
+    /// is kept covers two such takes: a report of ours that is in either of them is still whole.
     fn drain_status(&mut self) {
-        let mut chunk = [0; 4096];
-        let Ok(length) = rustix::io::read(&self.status, &mut chunk) else { return };
-        self.status_bytes.extend_from_slice(chunk.get(..length).unwrap_or_default());
-        // Somebody else inside may write here too; a report of ours is short, and whole.
-        if let Some(excess @ 1..) = self.status_bytes.len().checked_sub(chunk.len() + STATUS_LINE_BYTES_MAX) {
+        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+        if rustix::io::read(&self.status, spare_capacity(&mut chunk)).is_err() {
+            return;
+        }
+        self.status_bytes.append(&mut chunk);
+        let kept_max = 2 * CHUNK_BYTES + STATUS_LINE_BYTES_MAX;
+        if let Some(excess @ 1..) = self.status_bytes.len().checked_sub(kept_max) {
             self.status_bytes.drain(..excess);
         }
     }

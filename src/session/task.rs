@@ -5,12 +5,11 @@ use super::options::SessionOptions;
 use super::run::{End, Report, Run, RunEvent, RunSpec};
 use super::session::Session;
 use super::shell::{Shell, ShellError, Sign};
-use super::shell_io::{ShellIo, Stream};
+use super::shell_io::ShellIo;
 use crate::config;
 use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::launch::Sandbox;
 use crate::workspace::uppers::SessionUppers;
-use bytes::Bytes;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +22,8 @@ const DESTROY_MAX: Duration = Duration::from_secs(10);
 const DEAD_KEPT: Duration = Duration::from_secs(60);
 /// How long a shell may take to report once the processes of its run are killed.
 const REPORT_AFTER_KILL_MAX: Duration = Duration::from_millis(100);
+/// How long a shell may take to note that the processes of its run are gone; there may be thousands.
+const SETTLE_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at whether killed processes are gone.
 const GONE_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// How long a run has to last before it is noticed that its shell may be lost.
@@ -180,12 +181,9 @@ impl Task {
         };
         let report = Report { end, took: began.elapsed() };
         self.session.run_ends();
-        // Whoever reads a run may be slow, but a deleted session does not wait for it.
-        tokio::select! {
-            _ = events.send(RunEvent::End(report)) => {}
-            () = told_to(&mut self.stop) => { let _ = events.try_send(RunEvent::End(report)); }
-        }
-        drop(events);
+        let mut last = self.shell.as_mut().map(|shell| leftover(&mut shell.io)).unwrap_or_default();
+        last.push(RunEvent::End(report));
+        deliver(events, last);
         // Only now, so that the answer does not wait for it.
         let tidied = match &mut self.shell {
             Some(shell) => shell.end_run(spec.stdin.is_some()),
@@ -206,9 +204,7 @@ impl Task {
                 tracing::warn!(session = %self.session.id, %error, "tidying up after a run failed");
                 true
             }
-            (End::Status(_) | End::TimedOut(_) | End::Cancelled, Ok(())) => {
-                matches!(shell.idle_sign(), Some(Sign::Ended(_)))
-            }
+            (End::Status(_) | End::TimedOut(_) | End::Cancelled, Ok(())) => shell.is_over(),
         };
         if gone { self.replace_shell().await } else { Ok(()) }
     }
@@ -216,11 +212,21 @@ impl Task {
     async fn replace_shell(&mut self) -> Result<(), String> {
         let Some(mut shell) = self.shell.take() else { return Err("it has no shell".into()) };
         let answer_max = Duration::from_millis(self.config.shell_start_max_ms);
-        let replaced = tokio::task::spawn_blocking(move || {
+        let mut replaced = tokio::task::spawn_blocking(move || {
             let outcome = shell.replace(answer_max);
             (shell, outcome)
         });
-        match replaced.await {
+        let outcome = tokio::select! {
+            outcome = &mut replaced => outcome,
+            () = told_to(&mut self.stop) => {
+                // Whatever the new shell is busy with, it ends with its sandbox.
+                if let Some(resources) = &self.resources {
+                    resources.sandbox.kill();
+                }
+                replaced.await
+            }
+        };
+        match outcome {
             Ok((shell, outcome)) => {
                 self.shell = Some(shell);
                 outcome.map_err(|error: ShellError| match error {
@@ -314,7 +320,6 @@ async fn conduct(
     if stopping != Stopping::No && matches!(sign, Sign::Reported(_)) {
         settle(shell).await;
     }
-    drain(&mut shell.io, events, stop).await;
     match (sign, stopping.cause()) {
         (Sign::SandboxGone, _) => End::SessionEnded,
         (_, Some(Cause::TimedOut(limit))) => End::TimedOut(limit),
@@ -329,7 +334,7 @@ async fn conduct(
 /// A shell that does not even manage that is killed, and then replaced.
 async fn settle(shell: &mut Shell) {
     shell.kill_run();
-    let deadline = Instant::now() + REPORT_AFTER_KILL_MAX;
+    let deadline = Instant::now() + SETTLE_MAX;
     while !shell.killed_run_is_gone() && Instant::now() < deadline {
         tokio::time::sleep(GONE_CHECK_INTERVAL).await;
     }
@@ -360,21 +365,37 @@ fn escalate(shell: &mut Shell, stopping: Stopping, spec: &RunSpec, grace: Durati
     }
 }
 
-/// Passes on what the run had written when it ended, and not a byte more: what comes later is from processes
-/// it left behind.
-async fn drain(io: &mut ShellIo, events: &mpsc::Sender<RunEvent>, stop: &mut watch::Receiver<bool>) {
+/// What the run had written when it ended, and not a byte more: what comes later is from processes it left
+/// behind. At most what two pipes hold.
+fn leftover(io: &mut ShellIo) -> Vec<RunEvent> {
+    let mut events = Vec::new();
     let mut left = io.pending_bytes();
     io.mark_readable();
-    while left > 0 && !events.is_closed() {
-        let Some((stream, chunk)): Option<(Stream, Bytes)> = io.read_output() else { return };
+    while left > 0 {
+        let Some((stream, chunk)) = io.read_output() else { break };
         left = left.saturating_sub(chunk.len() as u64);
-        tokio::select! {
-            sent = events.send(RunEvent::Output(stream, chunk)) => {
-                if sent.is_err() {
-                    return;
-                }
+        events.push(RunEvent::Output(stream, chunk));
+    }
+    events
+}
+
+/// Hands over the last events of a run. A client that does not read them holds up nothing but itself.
+fn deliver(events: mpsc::Sender<RunEvent>, last: Vec<RunEvent>) {
+    let mut last = last.into_iter();
+    while let Some(event) = last.next() {
+        match events.try_send(event) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Closed(_)) => return,
+            Err(mpsc::error::TrySendError::Full(event)) => {
+                tokio::spawn(async move {
+                    for event in std::iter::once(event).chain(last) {
+                        if events.send(event).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+                return;
             }
-            () = told_to(stop) => return,
         }
     }
 }
