@@ -325,6 +325,37 @@ fn a_slow_reader_holds_up_only_itself() {
 }
 
 #[test]
+fn a_client_that_never_reads_does_not_keep_the_session() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let session = daemon.session("w");
+    // More than the buffers of the connection take.
+    let unread = session.open(&json!({"code": "yes | head -c 100000000", "timeout_seconds": 1}));
+    session.run("echo free").prints("free\n");
+    drop(unread);
+}
+
+#[test]
+fn a_session_can_be_deleted_while_its_shell_is_being_replaced() {
+    let Some(daemon) = Setup::new().setting("session.shell_start_max_ms = 600000").start() else { return };
+    let session = daemon.session("w");
+    // What this shell leaves to its successor keeps that busy for ever.
+    let code =
+        "trap '{ pwd; echo \"while :; do :; done\"; echo EXECD-STATE-END; } >/run/execd/t' EXIT; exit 3";
+    assert_eq!(session.run(code).exit_code(), Some(3));
+    session.delete();
+}
+
+#[test]
+fn many_background_jobs_do_not_spoil_the_run_after_a_timeout() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let session = daemon.session("w");
+    for _ in 0..3 {
+        timed(&session, "for i in {1..400}; do sleep 4321 & done; sleep 4321");
+        is_usable(&session, "a timeout with 400 jobs");
+    }
+}
+
+#[test]
 fn deleting_a_session_ends_its_streams() {
     let Some(daemon) = Setup::new().start() else { return };
     let session = daemon.session("w");

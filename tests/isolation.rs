@@ -8,6 +8,7 @@ use common::machine::has_program;
 use common::{Daemon, OTHER_ID, Session, Setup, skip, workspace};
 use serde_json::{Value, json};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 /// What uid 0 keeps: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, NET_BIND_SERVICE.
 const ROOT_CAPABILITIES: [u32; 8] = [0, 1, 3, 4, 5, 6, 7, 10];
@@ -385,4 +386,40 @@ fn the_shells_own_files_cannot_be_tampered_with() {
     // A line that is not ended spoils the report behind it; that harms nobody but its author.
     assert_ne!(session.run("printf %s 'no newline' >/run/execd/s; (exit 4)").exit_code(), Some(0));
     assert_eq!(session.run("(exit 5)").exit_code(), Some(5));
+}
+
+#[test]
+fn what_is_the_machines_keeps_its_mode_and_owner() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let before = fs::metadata("/dev/full").unwrap();
+    for uid_mode in ["setpriv", "userns"] {
+        let mut body = workspace(&daemon.folder("w"), "overlay");
+        body["uid_mode"] = json!(uid_mode);
+        let session = daemon.create(&body);
+        for path in ["/dev/full", "/proc/uptime", "/proc/sys/kernel/ostype", "/sys/kernel/uevent_seqnum"] {
+            let code = format!(
+                "chmod 600 {path} && echo changed; chown 1 {path} && echo given; touch {path} && echo touched; :"
+            );
+            assert_eq!(session.run(&code).stdout(), "", "{path} with {uid_mode}");
+        }
+        // Devices can be written all the same.
+        session.run("echo gone >/dev/null && head -c 2 /dev/zero | wc -c").prints("2\n");
+    }
+    let after = fs::metadata("/dev/full").unwrap();
+    assert_eq!((before.mode(), before.mtime()), (after.mode(), after.mtime()));
+}
+
+#[test]
+fn sockets_to_the_hypervisor_are_refused() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let session = strict(&daemon);
+    if session.run("python3 -c 'import socket'").exit_code() != Some(0) {
+        return skip("python3 is needed for this one");
+    }
+    let code = "python3 -c 'import socket
+for family in (socket.AF_UNIX, 40):
+    try: print(socket.socket(family, 1).close())
+    except OSError as error: print(error.errno)'";
+    const EAFNOSUPPORT: i32 = 97;
+    session.run(code).prints(&format!("None\n{EAFNOSUPPORT}\n"));
 }
