@@ -156,6 +156,15 @@ def test_inside_is_isolated(session):
     assert int(lines[0].split()[-1]) < 10
 
 
+def test_an_id_without_an_account(isolation, workspace, uid_mode):
+    request = CreateIsolatedSessionRequest(
+        workspace=IsolatedWorkspaceSpec(path=str(workspace)), uid_mode=uid_mode, uid=61234, gid=61234
+    )
+    session = isolation.create(request)
+    assert session.run("id -u; id -g").text == "61234\n61234"
+    session.delete()
+
+
 def test_run_once(isolation, workspace):
     if not isolation.capabilities().setpriv_available:
         missing("run_once has no uid_mode, and the default one (setpriv) does not work here")
