@@ -6,7 +6,7 @@
 mod common;
 
 use common::run::Run;
-use common::{Session, Setup, eventually};
+use common::{Session, Setup, eventually, workspace};
 use serde_json::{Value, json};
 
 /// The session still runs code, as a shell that is at its prompt.
@@ -343,6 +343,29 @@ fn a_session_can_be_deleted_while_its_shell_is_being_replaced() {
         "trap '{ pwd; echo \"while :; do :; done\"; echo EXECD-STATE-END; } >/run/execd/t' EXIT; exit 3";
     assert_eq!(session.run(code).exit_code(), Some(3));
     session.delete();
+}
+
+#[test]
+fn a_session_lives_without_bash() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let mut body = workspace(&daemon.folder("w"), "overlay");
+    let nothing = daemon.folder("w").join("nothing");
+    std::fs::write(&nothing, "").unwrap();
+    let shells = ["/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash"];
+    let mut shells: Vec<_> = shells.iter().filter_map(|path| std::fs::canonicalize(path).ok()).collect();
+    shells.dedup();
+    body["binds"] =
+        shells.iter().map(|path| json!({"source": nothing, "dest": path, "readonly": true})).collect();
+    let session = daemon.create(&body);
+    session.run("x=kept; cd /usr; echo $0").prints("sh\n");
+    session.run("echo $x; pwd").prints("kept\n/usr\n");
+    assert_eq!(session.run("export Y=2; exit 5").exit_code(), Some(5));
+    session.run("echo $Y; pwd").prints("2\n/usr\n");
+    for code in ["sleep 60; echo never", "while :; do :; done", "echo 'open", "cat", "set -e; false"] {
+        let run = timed(&session, code);
+        assert_eq!(run.stdout(), "", "after {code}");
+        is_usable(&session, code);
+    }
 }
 
 #[test]

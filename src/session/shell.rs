@@ -285,10 +285,14 @@ impl Shell {
     }
 
     /// Asks a run to end: the shell by a signal whose trap leaves the code, its processes by SIGINT.
-    pub(super) fn interrupt(&self) {
+    pub(super) fn interrupt(&mut self) {
         // The shell first: it must know before its child is gone, or it goes on with the next command.
-        if self.process.dialect == Dialect::Bash {
-            let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), INTERRUPT_SIGNAL);
+        match self.process.dialect {
+            Dialect::Bash => {
+                let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), INTERRUPT_SIGNAL);
+            }
+            // Has no way to leave the code and stay.
+            Dialect::Posix => self.kill_shell(),
         }
         self.signal_run(SIGINT);
     }
