@@ -5,7 +5,6 @@
 
 use crate::cli::{RunArgs, RunMode, RunProfile};
 use crate::config::Config;
-use crate::sandbox::environment::Passthrough;
 use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox};
 use crate::sandbox::profile::Profile;
 use crate::sandbox::seccomp;
@@ -149,15 +148,12 @@ fn options(args: &RunArgs) -> anyhow::Result<SessionOptions> {
             RunProfile::Strict => Profile::Strict,
             RunProfile::Balanced => Profile::Balanced,
         },
-        mounts: vec![Mount { path: workspace, mode }],
-        extra_writable: Vec::new(),
         binds: args.binds.iter().map(|spec| bind(spec)).collect::<Result<_, _>>()?,
         share_net: !args.no_net,
-        environment: Passthrough::NotSecret,
         uid: args.uid,
         gid: args.gid,
         uid_mode: if args.userns || unprivileged { UidMode::Userns } else { UidMode::Setpriv },
-        idle_timeout: None,
+        ..SessionOptions::new(vec![Mount { path: workspace, mode }])
     })
 }
 

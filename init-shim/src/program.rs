@@ -182,8 +182,8 @@ const REPORT: i32 = 3;
 const GATE: i32 = 4;
 
 fn move_descriptors(streams: &Streams, own: &mut Own) -> Result<(), CallError> {
-    // Whatever is overwritten here is init's, and this copy of it is not needed any more; init's own numbers
-    // end below GATE, so nothing that still is to be moved is among them.
+    // The numbers up to GATE are init's streams, channel and signalfd, of which this copy is not needed; whatever
+    // still is to be moved was opened after them.
     for (number, fd) in (0..).zip(streams) {
         execd_sys::redirect(fd.as_fd(), number).call(|| format!("dup2({number})"))?;
     }

@@ -131,6 +131,22 @@ pub fn absolute_path(field: &str, path: &str) -> Result<PathBuf, OptionError> {
 }
 
 impl SessionOptions {
+    /// These workspaces and the defaults for everything else; no idle timeout.
+    pub fn new(mounts: Vec<Mount>) -> Self {
+        Self {
+            profile: Profile::default(),
+            mounts,
+            extra_writable: Vec::new(),
+            binds: Vec::new(),
+            share_net: true,
+            environment: Passthrough::default(),
+            uid: None,
+            gid: None,
+            uid_mode: UidMode::default(),
+            idle_timeout: None,
+        }
+    }
+
     /// Checks what concerns several fields at once.
     ///
     /// # Errors
@@ -179,21 +195,8 @@ mod tests {
     use super::*;
 
     fn options(paths: &[&str]) -> SessionOptions {
-        SessionOptions {
-            profile: Profile::Strict,
-            mounts: paths
-                .iter()
-                .map(|path| Mount { path: path.into(), mode: MountMode::Overlay { persist: true } })
-                .collect(),
-            extra_writable: vec![],
-            binds: vec![],
-            share_net: true,
-            environment: Passthrough::NotSecret,
-            uid: None,
-            gid: None,
-            uid_mode: UidMode::Setpriv,
-            idle_timeout: None,
-        }
+        let mount = |path: &&str| Mount { path: path.into(), mode: MountMode::Overlay { persist: true } };
+        SessionOptions::new(paths.iter().map(mount).collect())
     }
 
     #[test]

@@ -4,10 +4,8 @@
 
 use super::options::{Mount, MountMode, SessionOptions, UidMode};
 use super::prepare::{Foundation, prepare};
-use crate::sandbox::environment::Passthrough;
 use crate::sandbox::launch::{LaunchError, ProgramStart, Sandbox};
 use crate::sandbox::launcher::Launcher;
-use crate::sandbox::profile::Profile;
 use rustix::fd::AsFd;
 use std::fs::File;
 use std::time::Duration;
@@ -90,18 +88,7 @@ impl Report {
 
 /// Tries everything. `cgroup` is the outcome of setting the cgroup tree up.
 pub fn probe(launcher: &Launcher, foundation: &Foundation, cgroup: Result<(), String>) -> Report {
-    let base = SessionOptions {
-        profile: Profile::Strict,
-        mounts: vec![Mount { path: "/".into(), mode: MountMode::ReadOnly }],
-        extra_writable: Vec::new(),
-        binds: Vec::new(),
-        share_net: true,
-        environment: Passthrough::NotSecret,
-        uid: None,
-        gid: None,
-        uid_mode: UidMode::Setpriv,
-        idle_timeout: None,
-    };
+    let base = SessionOptions::new(vec![Mount { path: "/".into(), mode: MountMode::ReadOnly }]);
     let userns = SessionOptions { uid_mode: UidMode::Userns, ..base.clone() };
     let switched = SessionOptions { uid: Some(OTHER_ID), gid: Some(OTHER_ID), ..base.clone() };
     let setpriv = attempt(launcher, foundation, &base);

@@ -217,7 +217,7 @@ impl Registry {
             ready_us = timings.ready_us,
             "session created"
         );
-        let resources = Resources { sandbox, cgroup, uppers };
+        let resources = Resources { sandbox, cgroup, _uppers: uppers };
         Ok(Built { shell, resources, effective, launcher_generation })
     }
 

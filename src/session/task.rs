@@ -31,13 +31,14 @@ const PROMPT_WATCH_DELAY: Duration = Duration::from_millis(2);
 /// For a deadline that is none.
 const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Everything a session holds in the kernel. Dropping it releases it in this order: processes, mounts, cgroup,
-/// uppers. Blocks.
+/// Everything a session holds in the kernel. Dropping it releases it in this order: processes, cgroup, and then,
+/// in the order of the fields, the view of the mounts and the uppers. Blocks.
 #[derive(Debug)]
 pub(super) struct Resources {
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) cgroup: Option<Arc<Cgroup>>,
-    pub(super) uppers: Option<SessionUppers>,
+    /// Only held, to be removed last.
+    pub(super) _uppers: Option<SessionUppers>,
 }
 
 impl Drop for Resources {
@@ -48,8 +49,6 @@ impl Drop for Resources {
         if let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.remove()) {
             tracing::error!(%error, "the cgroup of a session could not be removed");
         }
-        // The uppers go last, as a field.
-        let _ = self.uppers.take();
     }
 }
 
@@ -246,8 +245,9 @@ impl Task {
         let shell = self.shell.take();
         let resources = self.resources.take();
         let released = tokio::task::spawn_blocking(move || {
-            drop(resources);
+            // The shell shares the sandbox, whose mounts have to be let go before the uppers.
             drop(shell);
+            drop(resources);
         });
         if let Err(error) = released.await {
             tracing::error!(session = %self.session.id, %error, "releasing a session failed");
