@@ -16,17 +16,21 @@ use execd_init_shim::messages::{Command, MountStep};
 use execd_sys::SingleThreaded;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use std::ffi::{CString, OsString};
-use std::io::{IsTerminal, Read};
+use std::io::IsTerminal;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+/// What signalfd(2) writes for a signal (`struct signalfd_siginfo`); bytes.
+const SIGNAL_INFO_BYTES: usize = 128;
 /// Exit statuses of a shell for a command that is not there, or cannot be executed (POSIX, 2.8.2).
 const NOT_FOUND: i32 = 127;
 const NOT_EXECUTABLE: i32 = 126;
 const ENOENT: i32 = 2;
+const SIGHUP: i32 = 1;
+const SIGINT: i32 = 2;
+const SIGQUIT: i32 = 3;
+const SIGTERM: i32 = 15;
 
 /// Runs the command and returns its exit status as a shell would report it.
 ///
@@ -47,7 +51,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     prepared.spec.mounts.retain(|step| !matches!(step, MountStep::Control { .. }));
     let commands = commands(&args.command, &prepared.spec.environment)?;
     let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
-    let mut signals = Signals::register()?;
+    let signals = Signals::register()?;
     let start = ProgramStart { commands, streams, cgroup: None };
     let (mut sandbox, program) = match Sandbox::fork(&proof, prepared.spec, start) {
         Err(LaunchError::Step(failure)) if failure.step.starts_with(EXECUTE) => {
@@ -63,47 +67,41 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
         let (clone, mounts, exec) = (sandbox.clone_us, sandbox.assembled_us, program.since_clone_us);
         eprintln!("{{\"clone_us\":{clone},\"assembled_us\":{mounts},\"exec_us\":{exec}}}");
     }
-    supervise(&sandbox, &mut signals, program.id, &program.pidfd, new_session)
+    let status = supervise(&sandbox, &signals, program.id, &program.pidfd, new_session);
+    // init ends with this process. Killing it first would have it take down its namespaces while we wait.
+    std::mem::forget(sandbox);
+    status
 }
 
-/// Signals that are for the command rather than for execd; each rings a socket.
-struct Signals(Vec<(i32, UnixStream)>);
+/// Signals that are for the command rather than for execd (signalfd(2)).
+struct Signals(OwnedFd);
 
 impl Signals {
     fn register() -> anyhow::Result<Self> {
-        let mut bells = Vec::new();
-        for signal in [SIGINT, SIGQUIT, SIGTERM, SIGHUP] {
-            let (bell, write) = UnixStream::pair()?;
-            signal_hook::low_level::pipe::register(signal, write)?;
-            bells.push((signal, bell));
-        }
-        Ok(Self(bells))
+        Ok(Self(execd_sys::watch_signals(&[SIGINT, SIGQUIT, SIGTERM, SIGHUP]).context("watch for signals")?))
     }
 
-    /// Waits until a signal has come or `other` is readable; the signals that have come.
-    fn wait(&mut self, other: &impl AsFd) -> anyhow::Result<Vec<i32>> {
-        let mut fds = vec![PollFd::new(other, PollFlags::IN)];
-        fds.extend(self.0.iter().map(|(_, bell)| PollFd::new(bell, PollFlags::IN)));
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) | Ok(_) => {}
-            Err(errno) => return Err(errno).context("poll"),
+    /// Waits until a signal has come or `other` is readable.
+    fn wait(&self, other: &impl AsFd) -> anyhow::Result<()> {
+        match poll(&mut [PollFd::new(other, PollFlags::IN), PollFd::new(&self.0, PollFlags::IN)], None) {
+            Err(rustix::io::Errno::INTR) | Ok(_) => Ok(()),
+            Err(errno) => Err(errno).context("poll"),
         }
-        let rung: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
-        drop(fds);
-        let rung = self.0.iter_mut().zip(rung).filter(|(_, rung)| *rung);
-        Ok(rung
-            .map(|((signal, bell), _)| {
-                let _ = bell.read(&mut [0; 16]);
-                *signal
-            })
-            .collect())
+    }
+
+    /// The next signal that has come.
+    fn next(&self) -> Option<i32> {
+        let mut info = [0; SIGNAL_INFO_BYTES];
+        rustix::io::read(&self.0, &mut info).ok()?;
+        // `ssi_signo` comes first.
+        Some(i32::from_ne_bytes(*info.first_chunk()?))
     }
 }
 
 /// Waits for the end, passing on the signals that are meant for the command.
 fn supervise(
     sandbox: &Sandbox,
-    signals: &mut Signals,
+    signals: &Signals,
     id: u32,
     pidfd: &OwnedFd,
     own_session: bool,
@@ -115,7 +113,8 @@ fn supervise(
             Exit::Sandbox => anyhow::bail!("the sandbox died"),
             Exit::None => {}
         }
-        for signal in signals.wait(sandbox)? {
+        signals.wait(sandbox)?;
+        while let Some(signal) = signals.next() {
             // What the terminal sends reaches a command in our session by itself.
             if own_session || matches!(signal, SIGTERM | SIGHUP) {
                 let _ = execd_sys::send_signal(pidfd.as_fd(), signal);

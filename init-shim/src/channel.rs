@@ -9,7 +9,7 @@ use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -118,7 +118,16 @@ impl Channel {
     }
 
     fn recv_with<T: DeserializeOwned>(&self, flags: RecvFlags) -> io::Result<Option<Received<T>>> {
-        let mut packet = vec![0_u8; INLINE_BYTES_MAX + 1];
+        // Asked first: a buffer for the largest packet costs a process that was just forked a page fault for each
+        // of its pages.
+        let mut nothing = [0_u8; 0];
+        let peek = flags | RecvFlags::PEEK | RecvFlags::TRUNC;
+        let size = match rustix::io::retry_on_intr(|| recv(&self.0, &mut nothing, peek)) {
+            Ok((_, size)) => size,
+            Err(Errno::CONNRESET) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
+        let mut packet = vec![0_u8; size];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::io::retry_on_intr(|| {

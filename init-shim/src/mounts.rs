@@ -60,7 +60,7 @@ pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, F
     rustix::process::chdir("/proc/self/fd")
         .call(|| "chdir(\"/proc/self/fd\")".into())
         .map_err(|e| e.of(step))?;
-    let mut builder = Builder { old, root: None, control: None, scratch: None, userns };
+    let mut builder = Builder { old, root: None, control: None, scratch: None, masks: Masks::default(), userns };
     let (in_place, steps) = builder.found_root(steps).map_err(|e| e.of(step))?;
     let mut made = Vec::new();
     for step in steps {
@@ -126,6 +126,13 @@ struct Scratch {
     count: u32,
 }
 
+/// Mounts that already cover something, to make further ones of: they have all their attributes.
+#[derive(Default)]
+struct Masks {
+    file: Option<OwnedFd>,
+    directory: Option<OwnedFd>,
+}
+
 struct Builder {
     /// `/` as the daemon sees it.
     old: OwnedFd,
@@ -133,6 +140,7 @@ struct Builder {
     root: Option<OwnedFd>,
     control: Option<OwnedFd>,
     scratch: Option<Scratch>,
+    masks: Masks,
     userns: bool,
 }
 
@@ -183,7 +191,7 @@ impl Builder {
                 Ok(Vec::new())
             }
             MountStep::Private { dest, mode } => {
-                let (_, mount) = self.scratch_dir(*mode, NOSUID_NODEV)?;
+                let (_, mount) = self.shown_scratch_dir(*mode, NOSUID_NODEV)?;
                 Ok(vec![Detached::directory(mount, dest)])
             }
             MountStep::Dev { dest } => self.dev(dest),
@@ -278,7 +286,7 @@ impl Builder {
             Upper::Directory { upper, work } => (self.source(upper)?, self.source(work)?),
             Upper::Tmpfs { bytes_max, inodes_max } => {
                 // overlayfs wants its upper mounted in this namespace, so it is parked beneath the scratch.
-                let (place, _) = self.scratch_dir(0o700, NOSUID_NODEV)?;
+                let place = self.scratch_dir(0o700)?;
                 let mount = tmpfs(0o755, *bytes_max, *inodes_max, NOSUID_NODEV)?;
                 attach_to(mount.as_fd(), place.as_fd())?;
                 for name in ["upper", "work"] {
@@ -317,14 +325,20 @@ impl Builder {
         self.scratch.as_mut().ok_or_else(|| CallError::what("no scratch tmpfs has been mounted"))
     }
 
-    /// A new directory of the scratch tmpfs, and a detached mount of it.
-    fn scratch_dir(&mut self, mode: u32, attr: MountAttr) -> Outcome<(OwnedFd, OwnedFd)> {
+    /// A new directory of the scratch tmpfs.
+    fn scratch_dir(&mut self, mode: u32) -> Outcome<OwnedFd> {
         let scratch = self.scratch()?;
         let name = scratch.count.to_string();
         scratch.count += 1;
         mkdirat(&scratch.mount, name.as_str(), Mode::from(mode))
             .call(|| "mkdir(private directory)".into())?;
-        let dir = open_beneath(scratch.mount.as_fd(), Path::new(&name))?;
+        open_beneath(scratch.mount.as_fd(), Path::new(&name))
+    }
+
+    /// A new directory of the scratch tmpfs, and a detached mount of it. Not for a mount that stays detached:
+    /// closing one waits for an RCU grace period.
+    fn shown_scratch_dir(&mut self, mode: u32, attr: MountAttr) -> Outcome<(OwnedFd, OwnedFd)> {
+        let dir = self.scratch_dir(mode)?;
         let mount = clone_tree(dir.as_fd(), SELF, false)?;
         set_attr(mount.as_fd(), false, attr)?;
         Ok((dir, mount))
@@ -332,8 +346,8 @@ impl Builder {
 
     fn dev(&mut self, dest: &Path) -> Outcome<Vec<Detached>> {
         // Nodes are made through the parked mount; what is shown is read-only.
-        let (dev, shown) = self.scratch_dir(0o755, MountAttr { read_only: true, noexec: true, ..NOSUID })?;
-        let (_, shm) = self.scratch_dir(0o1777, NOSUID_NODEV)?;
+        let (dev, shown) = self.shown_scratch_dir(0o755, MountAttr { read_only: true, noexec: true, ..NOSUID })?;
+        let (_, shm) = self.shown_scratch_dir(0o1777, NOSUID_NODEV)?;
         let mut bound = Vec::new();
         for (name, major, minor) in DEVICES {
             if let Some(mount) = self.device(&dev, name, makedev(major, minor))? {
@@ -424,16 +438,22 @@ impl Builder {
     }
 
     fn mask(&mut self, target: &OwnedFd) -> Outcome<()> {
-        let nothing = MountAttr { read_only: true, noexec: true, ..NOSUID_NODEV };
-        if file_type(target.as_fd())? != FileType::Directory {
-            // nodev makes the null device unopenable, so the path can neither be read nor written.
-            let null = clone_tree(self.source(Path::new("/dev/null"))?.as_fd(), SELF, false)?;
-            set_attr(null.as_fd(), false, nothing)?;
-            return attach_to(null.as_fd(), target.as_fd());
+        let is_directory = file_type(target.as_fd())? == FileType::Directory;
+        let known = if is_directory { &mut self.masks.directory } else { &mut self.masks.file };
+        if let Some(known) = known {
+            return attach_to(clone_tree(known.as_fd(), SELF, false)?.as_fd(), target.as_fd());
         }
-        let empty = clone_tree(self.scratch()?.empty.as_fd(), SELF, false)?;
-        set_attr(empty.as_fd(), false, nothing)?;
-        attach_to(empty.as_fd(), target.as_fd())
+        let cover = if is_directory {
+            clone_tree(self.scratch()?.empty.as_fd(), SELF, false)?
+        } else {
+            // nodev makes the null device unopenable, so the path can neither be read nor written.
+            clone_tree(self.source(Path::new("/dev/null"))?.as_fd(), SELF, false)?
+        };
+        set_attr(cover.as_fd(), false, MountAttr { read_only: true, noexec: true, ..NOSUID_NODEV })?;
+        attach_to(cover.as_fd(), target.as_fd())?;
+        let place = if is_directory { &mut self.masks.directory } else { &mut self.masks.file };
+        *place = Some(cover);
+        Ok(())
     }
 }
 

@@ -80,10 +80,8 @@ impl Init<'_> {
         }
         isolate(&plan)?;
         // The first program prepares itself while init mounts; pivot_root moves it along.
-        let first = match self.channel.try_recv::<Request>() {
-            Ok(Some(request)) => Some(self.fork(request)),
-            Ok(None) | Err(_) => None,
-        };
+        let mut request = self.channel.try_recv::<Request>().ok().flatten();
+        let first = request.as_mut().map(|request| self.fork(request));
         let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
             .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
@@ -93,6 +91,8 @@ impl Init<'_> {
         if let Some((id, released)) = first {
             self.announce(id, released.and_then(Released::finish));
         }
+        // Not before: giving its memory back means copying the pages that are shared with the program's process.
+        drop(request);
         Ok(child_signal)
     }
 
@@ -127,22 +127,23 @@ impl Init<'_> {
                 self.reap();
             }
             if requests {
-                let Ok(Some(request)) = self.channel.recv::<Request>() else { return };
-                let (id, waiting) = self.fork(request);
+                let Ok(Some(mut request)) = self.channel.recv::<Request>() else { return };
+                let (id, waiting) = self.fork(&mut request);
                 self.announce(id, waiting.map(Waiting::open).and_then(Released::finish));
             }
         }
     }
 
-    fn fork(&self, request: Received<Request>) -> (u32, Result<Waiting, Failure>) {
-        let Received { message: Request::Start { id, program, into_cgroup }, mut fds, .. } = request;
+    fn fork(&self, request: &mut Received<Request>) -> (u32, Result<Waiting, Failure>) {
+        let Received { message: Request::Start { id, program, into_cgroup }, fds, .. } = request;
+        let id = *id;
         let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
             return (id, Err(Failure::check("start a program", "the request has no standard streams")));
         };
-        let cgroup = fds.next().filter(|_| into_cgroup);
+        let cgroup = fds.next().filter(|_| *into_cgroup);
         let streams = [stdin, stdout, stderr];
         let cgroup = cgroup.as_ref().map(AsFd::as_fd);
-        (id, program::fork(self.proof, &program, &streams, cgroup, self.cloned_at))
+        (id, program::fork(self.proof, program, &streams, cgroup, self.cloned_at))
     }
 
     fn announce(&mut self, id: u32, outcome: Result<program::Started, Failure>) {

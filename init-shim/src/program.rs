@@ -15,12 +15,12 @@
 use crate::Failure;
 use crate::failure::{Call, CallError};
 use crate::messages::{Identity, Program};
-use caps::{CapSet, Capability, CapsHashSet};
 use execd_sys::{CloneFlags, Cloned, SingleThreaded, clone3, exit_now};
 use nix::errno::Errno;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Resource, Rlimit, setrlimit, setsid};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use seccompiler::sock_filter;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -209,12 +209,7 @@ fn enter_session(program: &Program) -> Result<(), CallError> {
 
 fn switch_identity(program: &Program) -> Result<(), CallError> {
     let keep = kept_capabilities(program);
-    let failed = |what: String| move |error| CallError::what(format!("{what}: {error}"));
-    let bounding = caps::read(None, CapSet::Bounding).map_err(failed("read the bounding set".into()))?;
-    for capability in bounding.difference(&keep) {
-        caps::drop(None, CapSet::Bounding, *capability)
-            .map_err(failed(format!("drop {capability} from the bounding set")))?;
-    }
+    bound_capabilities(keep)?;
     let (uid, gid) = (program.identity.uid, program.identity.gid);
     if program.identity.switch {
         nix::unistd::setgroups(&[]).call(|| "setgroups([])".into())?;
@@ -222,23 +217,41 @@ fn switch_identity(program: &Program) -> Result<(), CallError> {
         nix::unistd::setresgid(gid, gid, gid).call(|| format!("setresgid({gid})"))?;
         nix::unistd::setresuid(uid, uid, uid).call(|| format!("setresuid({uid})"))?;
     }
+    let held = capabilities(None).call(|| "capget".into())?.permitted;
+    let keep = keep.intersection(held);
     // The ambient set empties itself as the inheritable one does (capabilities(7)).
-    let held = caps::read(None, CapSet::Permitted).unwrap_or_default();
-    let keep: CapsHashSet = keep.intersection(&held).copied().collect();
-    let set = |which, value: &CapsHashSet| {
-        caps::set(None, which, value).map_err(failed(format!("capset({which:?})")))
-    };
-    set(CapSet::Inheritable, &CapsHashSet::new())?;
-    set(CapSet::Effective, &keep)?;
-    set(CapSet::Permitted, &keep)
+    let sets = CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, sets).call(|| format!("capset({keep:?})"))
+}
+
+/// Leaves nothing but `keep` in the bounding set. Does not read it first, since each bit is a call of its own.
+fn bound_capabilities(keep: CapabilitySet) -> Result<(), CallError> {
+    use rustix::io::Errno;
+    use rustix::thread::{capability_is_in_bounding_set, remove_capability_from_bounding_set};
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if keep.contains(capability) {
+            continue;
+        }
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // The kernel knows no capability of that number, nor any above.
+            Err(Errno::INVAL) => break,
+            // Without CAP_SETPCAP; nothing is lost if it was gone already.
+            Err(Errno::PERM) if capability_is_in_bounding_set(capability) == Ok(false) => {}
+            Err(errno) => return Err(errno).call(|| format!("prctl(PR_CAPBSET_DROP, {capability:?})")),
+        }
+    }
+    Ok(())
 }
 
 /// uid 0 keeps the plan's capabilities, every other user none.
-fn kept_capabilities(program: &Program) -> CapsHashSet {
-    if program.identity.uid != 0 {
-        return CapsHashSet::new();
+fn kept_capabilities(program: &Program) -> CapabilitySet {
+    if program.identity.uid == 0 {
+        CapabilitySet::from_bits_retain(program.capabilities)
+    } else {
+        CapabilitySet::empty()
     }
-    caps::all().into_iter().filter(|c: &Capability| program.capabilities & c.bitmask() != 0).collect()
 }
 
 fn lock_down(program: &Program) -> Result<(), CallError> {

@@ -168,8 +168,6 @@ impl Sandbox {
         let started = Instant::now();
         match execd_sys::clone3(proof, namespaces, None) {
             Ok(Cloned::Child) => {
-                // Handlers of this process mean nothing in init.
-                execd_sys::reset_signals();
                 execd_init_shim::pid1::run(proof, theirs, &plan_bytes, started);
                 execd_sys::exit_now(0)
             }

@@ -2,6 +2,7 @@
 //! ordered list of mounts, an identity, an environment, capabilities, a filter, a host name, a folder.
 
 use execd_init_shim::messages::{IdMap, Instruction, MountStep, Network};
+use rustix::thread::CapabilitySet;
 use std::ffi::CString;
 use std::path::PathBuf;
 
@@ -45,18 +46,11 @@ pub struct Namespaces {
 
 /// The capabilities a uid 0 program keeps (capabilities(7)): what package managers and file work need, none
 /// that reaches beyond the sandbox's own files, ids and processes.
-pub const ROOT_CAPABILITIES: [caps::Capability; 8] = [
-    caps::Capability::CAP_CHOWN,
-    caps::Capability::CAP_DAC_OVERRIDE,
-    caps::Capability::CAP_FOWNER,
-    caps::Capability::CAP_FSETID,
-    caps::Capability::CAP_KILL,
-    caps::Capability::CAP_SETGID,
-    caps::Capability::CAP_SETUID,
-    caps::Capability::CAP_NET_BIND_SERVICE,
-];
-
-/// A set of capabilities as a bit mask.
-pub fn capability_mask(set: &[caps::Capability]) -> u64 {
-    set.iter().fold(0, |mask, capability| mask | capability.bitmask())
-}
+pub const ROOT_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::KILL)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::NET_BIND_SERVICE);

@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::sandbox::environment;
 use crate::sandbox::profile::{self, Access, BindMount, Layout, Sizes, WorkspaceMount};
 use crate::sandbox::seccomp::Filter;
-use crate::sandbox::spec::{Namespaces, ROOT_CAPABILITIES, SandboxSpec, capability_mask};
+use crate::sandbox::spec::{Namespaces, ROOT_CAPABILITIES, SandboxSpec};
 use crate::workspace::resolve::{self, ResolveError};
 use crate::workspace::uppers::{SessionUppers, Uppers};
 use execd_init_shim::messages::{IdMap, MountStep, Network, Upper};
@@ -116,7 +116,7 @@ pub fn prepare(
         oom_score_adj: OOM_SCORE_ADJ,
         uid,
         gid,
-        capabilities: capability_mask(&ROOT_CAPABILITIES),
+        capabilities: ROOT_CAPABILITIES.bits(),
         seccomp: foundation.filter.program.clone(),
         environment: environment::build(std::env::vars_os(), &options.environment, &account(options, &cwd)),
         cwd,

@@ -92,10 +92,12 @@ struct CloneArgs {
     cgroup: u64,
 }
 
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Forks into new namespaces, and where `cgroup` is given, straight into that cgroup v2 directory
-/// (`CLONE_INTO_CGROUP`, kernel 5.7).
+/// (`CLONE_INTO_CGROUP`, kernel 5.7). Signals with a handler have their default action in the child
+/// (`CLONE_CLEAR_SIGHAND`, kernel 5.5), where a handler of the parent would mean nothing.
 ///
 /// The child returns from this call like from fork(2) and may run ordinary Rust, because `_proof` rules
 /// out the locks that a second thread could have held. glibc's cached thread id is stale in the child, so
@@ -111,7 +113,7 @@ pub fn clone3(
 ) -> io::Result<Cloned> {
     let mut pidfd: libc::c_int = -1;
     let mut args = CloneArgs {
-        flags: namespaces.0 | libc::CLONE_PIDFD as u64,
+        flags: namespaces.0 | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND,
         pidfd: std::ptr::from_mut(&mut pidfd) as u64,
         exit_signal: libc::SIGCHLD as u64,
         ..CloneArgs::default()

@@ -28,18 +28,30 @@ pub fn unblock_signals() {
     }
 }
 
-/// Gives `SIGCHLD` its default action (an inherited "ignore" would reap children unseen), blocks it, and returns
-/// a non-blocking signalfd(2) that becomes readable when a child changes state.
+/// Gives `SIGCHLD` its default action (an inherited "ignore" would reap children unseen), and watches for it: the
+/// descriptor becomes readable when a child changes state.
 ///
 /// # Errors
-/// `EMFILE` and `ENFILE`.
+/// As [`watch_signals`].
 pub fn watch_children() -> io::Result<OwnedFd> {
-    // SAFETY: SIG_DFL runs no handler; the set is initialised by sigemptyset before use, and only read.
+    // SAFETY: SIG_DFL runs no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    watch_signals(&[libc::SIGCHLD])
+}
+
+/// Blocks `signals` and returns a non-blocking signalfd(2) that becomes readable when one of them comes. A program
+/// that is executed has to unblock them again.
+///
+/// # Errors
+/// `EMFILE` and `ENFILE`; `EINVAL` for a number that is no signal.
+pub fn watch_signals(signals: &[i32]) -> io::Result<OwnedFd> {
+    // SAFETY: the set is initialised by sigemptyset before use, and only read.
     unsafe {
-        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
-        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        for signal in signals {
+            check(libc::sigaddset(&raw mut set, *signal).into())?;
+        }
         check(libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()).into())?;
         let fd = check(libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK).into())?;
         Ok(OwnedFd::from_raw_fd(fd as i32))
