@@ -49,6 +49,8 @@ pub struct Session {
     pub interrupt_grace_ms: u64,
     /// How long a new shell may take to answer; milliseconds.
     pub shell_start_max_ms: u64,
+    /// Sandboxes kept ready for the next sessions, once there has been one; 0 for none.
+    pub spares: usize,
 }
 
 /// Sizes of the private tmpfs mounts of a sandbox; bytes.
@@ -98,6 +100,7 @@ impl Default for Session {
             waiting_runs_max: 16,
             interrupt_grace_ms: 1000,
             shell_start_max_ms: 10_000,
+            spares: 2,
         }
     }
 }
@@ -194,7 +197,7 @@ mod tests {
         assert_eq!(config.seccomp.deny.unwrap(), built_in);
         let text = std::fs::read_to_string(EXAMPLE).unwrap();
         let keys = text.lines().filter(|line| line.contains(" = ")).count();
-        assert_eq!(keys, 16, "a key was added without a line in the example");
+        assert_eq!(keys, 17, "a key was added without a line in the example");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::http::{self, App};
 use crate::sandbox::cgroup::CgroupTree;
 use crate::sandbox::launcher::Launcher;
 use crate::sandbox::seccomp;
+use crate::session::launchpad::Launchpad;
 use crate::session::prepare::Foundation;
 use crate::session::probe::{Report, probe};
 use crate::session::registry::Registry;
@@ -103,7 +104,9 @@ async fn run(args: &ServeArgs, machine: Machine) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let listener = http::server::listen(args.listen, args.port)?;
     let address = listener.local_addr()?;
-    let registry = Registry::new(Arc::clone(&foundation), launcher, cgroups, report);
+    let answer_max = Duration::from_millis(foundation.config.session.shell_start_max_ms);
+    let launchpad = Launchpad { launcher, cgroups, answer_max };
+    let registry = Registry::new(Arc::clone(&foundation), launchpad, report).context("start the registry")?;
     let app = App { registry: Arc::clone(&registry), access_token: args.access_token.as_str().into() };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

@@ -20,8 +20,8 @@ use std::mem::MaybeUninit;
 const INLINE_BYTES_MAX: usize = 32 * 1024;
 /// The largest message at all; bytes. An environment may fill the kernel's argument space (2 MiB) and more.
 const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// The most descriptors in one message.
-const FDS_MAX: usize = 8;
+/// The most descriptors in one message, one that carries a large message included.
+pub const FDS_MAX: usize = 8;
 
 const INLINE: u8 = 0;
 const IN_MEMFD: u8 = 1;

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod channel;
+pub mod detached;
 pub mod failure;
 pub mod launcher;
 pub mod messages;

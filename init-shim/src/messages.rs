@@ -6,6 +6,7 @@
 //! daemon ◄── Assembled | Failed ── init          once
 //! daemon ── Start ──► init ── Started | NotStarted ──► daemon
 //! daemon ◄── Exited ── init                      for each program started
+//! daemon ── Attach ──► init ── Attached ──► daemon
 //! ```
 
 use crate::Failure;
@@ -174,6 +175,22 @@ impl MountStep {
             | Self::Control { dest, .. } => dest,
         }
     }
+
+    /// What the step is for, for a message.
+    pub fn describe(&self) -> String {
+        let dest = self.dest().display();
+        match self {
+            Self::Bind { source, .. } if source == self.dest() => format!("bind {dest}"),
+            Self::Bind { source, .. } => format!("bind {} on {dest}", source.display()),
+            Self::Overlay { .. } => format!("mount overlay on {dest}"),
+            Self::Tmpfs { .. } | Self::Scratch { .. } => format!("mount tmpfs on {dest}"),
+            Self::Private { .. } => format!("make a private {dest}"),
+            Self::Dev { .. } => format!("build the devices in {dest}"),
+            Self::Proc { .. } => format!("mount proc on {dest}"),
+            Self::Mask { .. } => format!("mask {dest}"),
+            Self::Control { .. } => format!("mount the control directory on {dest}"),
+        }
+    }
 }
 
 /// The writable layer of an overlay.
@@ -207,6 +224,20 @@ pub enum Request {
         /// Be born in the cgroup whose directory is attached.
         into_cgroup: bool,
     },
+    /// Attach mounts that the daemon has made, in order. Descriptors: one detached mount for each.
+    Attach {
+        /// Where they go.
+        places: Vec<Place>,
+    },
+}
+
+/// Where a detached mount goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Where it appears.
+    pub dest: PathBuf,
+    /// Whether its root is a directory.
+    pub is_directory: bool,
 }
 
 /// From init.
@@ -238,6 +269,8 @@ pub enum Event {
         /// The step.
         failure: Failure,
     },
+    /// What became of an [`Request::Attach`].
+    Attached(Result<(), Failure>),
     /// The program has ended.
     Exited {
         /// As in [`Request::Start`].

@@ -12,28 +12,23 @@
 //! 5. A stacked root becomes `/` by `pivot_root(".", ".")` and a lazy unmount of the old one.
 
 use crate::Failure;
+use crate::detached::{
+    Detached, Layers, NO_ATTR, NOSUID, NOSUID_NODEV, Outcome, SELF, attach_to, bind, clone_tree,
+    create_mount, file_type, open_beneath, set_attr, source, tmpfs,
+};
 use crate::failure::{Call, CallError};
 use crate::messages::{MountStep, Upper};
 use execd_sys::{MountAttr, Propagation, mount_setattr};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Mode, OFlags, PROC_SUPER_MAGIC, ResolveFlags, fstatfs, makedev, mkdirat,
-    mknodat, open, openat, openat2, statat, symlinkat,
+    AtFlags, CWD, Dev, FileType, Mode, OFlags, PROC_SUPER_MAGIC, fstatfs, makedev, mkdirat, mknodat, open,
+    openat, statat, symlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
+    FsOpenFlags, MoveMountFlags, UnmountFlags, fsconfig_set_string, fsopen, move_mount, unmount,
 };
-use std::ffi::CStr;
-use std::path::{Component, Path, PathBuf};
-
-type Outcome<T> = Result<T, CallError>;
-
-const NOSUID: MountAttr = MountAttr { read_only: false, nosuid: true, nodev: false, noexec: false };
-const NOSUID_NODEV: MountAttr = MountAttr { nodev: true, ..NOSUID };
-const NO_ATTR: MountAttr = MountAttr { nosuid: false, ..NOSUID };
-const SELF: &CStr = c"";
+use std::path::Path;
 
 /// Device nodes of a minimal /dev: name, major, minor (Documentation/admin-guide/devices.txt).
 const DEVICES: [(&str, u32, u32); 6] =
@@ -60,18 +55,19 @@ pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, F
     rustix::process::chdir("/proc/self/fd")
         .call(|| "chdir(\"/proc/self/fd\")".into())
         .map_err(|e| e.of(step))?;
-    let mut builder = Builder { old, root: None, control: None, scratch: None, masks: Masks::default(), userns };
+    let mut builder =
+        Builder { old, root: None, control: None, scratch: None, masks: Masks::default(), userns };
     let (in_place, steps) = builder.found_root(steps).map_err(|e| e.of(step))?;
     let mut made = Vec::new();
     for step in steps {
-        made.push(builder.make(step).map_err(|error| error.of(describe(step)))?);
+        made.push(builder.make(step).map_err(|error| error.of(step.describe()))?);
     }
     if in_place {
         let attr = MountAttr { read_only: true, ..NOSUID_NODEV };
         set_attr(builder.old.as_fd(), true, attr).map_err(|e| e.of("make the root read-only"))?;
     }
     for (step, mounts) in steps.iter().zip(made) {
-        builder.place(step, mounts).map_err(|error| error.of(describe(step)))?;
+        builder.place(step, mounts).map_err(|error| error.of(step.describe()))?;
     }
     let Some(root) = builder.root else {
         return Err(Failure::check(step, "nothing is mounted on /"));
@@ -83,38 +79,10 @@ pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, F
     Ok(Assembled { root, control: builder.control })
 }
 
-fn describe(step: &MountStep) -> String {
-    let dest = step.dest().display();
-    match step {
-        MountStep::Bind { source, .. } if source == step.dest() => format!("bind {dest}"),
-        MountStep::Bind { source, .. } => format!("bind {} on {dest}", source.display()),
-        MountStep::Overlay { .. } => format!("mount overlay on {dest}"),
-        MountStep::Tmpfs { .. } | MountStep::Scratch { .. } => format!("mount tmpfs on {dest}"),
-        MountStep::Private { .. } => format!("make a private {dest}"),
-        MountStep::Dev { .. } => format!("build the devices in {dest}"),
-        MountStep::Proc { .. } => format!("mount proc on {dest}"),
-        MountStep::Mask { .. } => format!("mask {dest}"),
-        MountStep::Control { .. } => format!("mount the control directory on {dest}"),
-    }
-}
-
 fn enter(root: &OwnedFd) -> Outcome<()> {
     rustix::process::fchdir(root).call(|| "fchdir(new root)".into())?;
     rustix::process::pivot_root(".", ".").call(|| "pivot_root(\".\", \".\")".into())?;
     unmount(".", UnmountFlags::DETACH).call(|| "umount2(\".\", MNT_DETACH)".into())
-}
-
-/// A detached mount, and where it goes.
-struct Detached {
-    mount: OwnedFd,
-    dest: PathBuf,
-    kind: FileType,
-}
-
-impl Detached {
-    fn directory(mount: OwnedFd, dest: &Path) -> Self {
-        Self { mount, dest: dest.into(), kind: FileType::Directory }
-    }
 }
 
 /// The tmpfs of the private directories.
@@ -172,12 +140,7 @@ impl Builder {
     fn make(&mut self, step: &MountStep) -> Outcome<Vec<Detached>> {
         match step {
             MountStep::Bind { source, dest, read_only, recursive } => {
-                let source = self.source(source)?;
-                let kind = file_type(source.as_fd())?;
-                let mount = clone_tree(source.as_fd(), SELF, *recursive)?;
-                let attr = MountAttr { read_only: *read_only, ..NOSUID_NODEV };
-                set_attr(mount.as_fd(), *recursive, attr)?;
-                Ok(vec![Detached { mount, dest: dest.clone(), kind }])
+                Ok(vec![bind(&self.old, source, dest, *read_only, *recursive)?])
             }
             MountStep::Overlay { lower, upper, dest } => {
                 Ok(vec![Detached::directory(self.overlay(lower, upper)?, dest)])
@@ -212,18 +175,6 @@ impl Builder {
         }
     }
 
-    /// Opens a host path that must contain no symbolic link.
-    fn source(&self, path: &Path) -> Outcome<OwnedFd> {
-        openat2(
-            &self.old,
-            path,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS,
-        )
-        .call(|| format!("openat2({path:?}, RESOLVE_NO_SYMLINKS)"))
-    }
-
     fn new_root(&self) -> Outcome<&OwnedFd> {
         self.root.as_ref().ok_or_else(|| CallError::what("the root is not mounted yet"))
     }
@@ -232,9 +183,8 @@ impl Builder {
         open_beneath(self.new_root()?.as_fd(), path)
     }
 
-    /// Attaches a detached mount. A mount point that does not exist is made, which works wherever an earlier
-    /// step put something writable.
-    fn attach(&mut self, Detached { mount, dest, kind }: &Detached) -> Outcome<()> {
+    fn attach(&mut self, detached: &Detached) -> Outcome<()> {
+        let Detached { mount, dest, .. } = detached;
         if dest == Path::new("/") {
             // Stacked on the old root: paths keep resolving in that, since a process's root directory is not
             // crossed upwards, and the new one is reached by descriptor.
@@ -243,47 +193,13 @@ impl Builder {
             self.root = Some(mount.try_clone().call(|| "dup(mount)".into())?);
             return Ok(());
         }
-        let target = match self.open_inside(dest) {
-            Err(error) if error.is(Errno::NOENT) => self.make_mount_point(dest, *kind)?,
-            other => other?,
-        };
-        attach_to(mount.as_fd(), target.as_fd())
-    }
-
-    fn make_mount_point(&self, dest: &Path, kind: FileType) -> Outcome<OwnedFd> {
-        let mut parent = self.new_root()?.try_clone().call(|| "dup(root)".into())?;
-        let mut walked = PathBuf::from("/");
-        let mut components =
-            dest.components().filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir)).peekable();
-        while let Some(name) = components.next() {
-            walked.push(name);
-            let name = name.as_os_str();
-            let last = components.peek().is_none();
-            parent = match self.open_inside(&walked) {
-                Err(error) if error.is(Errno::NOENT) => {
-                    if last && kind != FileType::Directory {
-                        openat(
-                            &parent,
-                            name,
-                            OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC,
-                            Mode::from(0o644),
-                        )
-                        .call(|| format!("open({walked:?}, O_CREAT)"))?;
-                    } else {
-                        mkdirat(&parent, name, Mode::from(0o755)).call(|| format!("mkdir({walked:?})"))?;
-                    }
-                    self.open_inside(&walked)?
-                }
-                other => other?,
-            };
-        }
-        Ok(parent)
+        detached.attach(self.new_root()?.as_fd())
     }
 
     fn overlay(&mut self, lower: &Path, upper: &Upper) -> Outcome<OwnedFd> {
-        let lower = self.source(lower)?;
+        let lower = source(&self.old, lower)?;
         let (upper, work) = match upper {
-            Upper::Directory { upper, work } => (self.source(upper)?, self.source(work)?),
+            Upper::Directory { upper, work } => (source(&self.old, upper)?, source(&self.old, work)?),
             Upper::Tmpfs { bytes_max, inodes_max } => {
                 // overlayfs wants its upper mounted in this namespace, so it is parked beneath the scratch.
                 let place = self.scratch_dir(0o700)?;
@@ -297,7 +213,8 @@ impl Builder {
                 (upper, open_beneath(mount.as_fd(), Path::new("work"))?)
             }
         };
-        overlay_mount(&lower, &upper, &work, self.userns)
+        // Through the working directory, see `assemble`.
+        Layers { lower, upper, work }.mount("", self.userns)
     }
 
     fn control(&mut self, dest: &Path, bytes_max: u64) -> Outcome<()> {
@@ -346,12 +263,13 @@ impl Builder {
 
     fn dev(&mut self, dest: &Path) -> Outcome<Vec<Detached>> {
         // Nodes are made through the parked mount; what is shown is read-only.
-        let (dev, shown) = self.shown_scratch_dir(0o755, MountAttr { read_only: true, noexec: true, ..NOSUID })?;
+        let (dev, shown) =
+            self.shown_scratch_dir(0o755, MountAttr { read_only: true, noexec: true, ..NOSUID })?;
         let (_, shm) = self.shown_scratch_dir(0o1777, NOSUID_NODEV)?;
         let mut bound = Vec::new();
         for (name, major, minor) in DEVICES {
             if let Some(mount) = self.device(&dev, name, makedev(major, minor))? {
-                bound.push(Detached { mount, dest: dest.join(name), kind: FileType::CharacterDevice });
+                bound.push(Detached { mount, dest: dest.join(name), is_directory: false });
             }
         }
         for (name, target) in [
@@ -386,7 +304,7 @@ impl Builder {
         if !self.userns && mknodat(dev, name, FileType::CharacterDevice, Mode::from(0o666), number).is_ok() {
             return Ok(None);
         }
-        let source = self.source(&Path::new("/dev").join(name))?;
+        let source = source(&self.old, &Path::new("/dev").join(name))?;
         let stat = rustix::fs::fstat(&source).call(|| format!("fstat(/dev/{name})"))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice || stat.st_rdev != number {
             return Err(CallError::what(format!("/dev/{name} is not the device of that name")));
@@ -447,7 +365,7 @@ impl Builder {
             clone_tree(self.scratch()?.empty.as_fd(), SELF, false)?
         } else {
             // nodev makes the null device unopenable, so the path can neither be read nor written.
-            clone_tree(self.source(Path::new("/dev/null"))?.as_fd(), SELF, false)?
+            clone_tree(source(&self.old, Path::new("/dev/null"))?.as_fd(), SELF, false)?
         };
         set_attr(cover.as_fd(), false, MountAttr { read_only: true, noexec: true, ..NOSUID_NODEV })?;
         attach_to(cover.as_fd(), target.as_fd())?;
@@ -455,18 +373,6 @@ impl Builder {
         *place = Some(cover);
         Ok(())
     }
-}
-
-/// Opens a path with `root` as its `/`, whatever links it contains.
-fn open_beneath(root: BorrowedFd<'_>, path: &Path) -> Outcome<OwnedFd> {
-    openat2(
-        root,
-        path,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-    )
-    .call(|| format!("openat2({path:?}, RESOLVE_IN_ROOT)"))
 }
 
 /// An entry of our own procfs, checked to be one; `None` when this kernel has none of that name.
@@ -482,81 +388,6 @@ fn proc_entry(proc: &OwnedFd, name: &str) -> Outcome<Option<OwnedFd>> {
     } else {
         Err(CallError::what(format!("{name} is not on procfs")))
     }
-}
-
-fn overlay_mount(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd, userns: bool) -> Outcome<OwnedFd> {
-    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).call(|| "fsopen(overlay)".into())?;
-    // The numbers are links in /proc/self/fd, the working directory. They mean exactly the directories that were
-    // opened, need no escaping, fit fsconfig's 255 bytes, and show nothing of the host in the sandbox's mountinfo.
-    for (key, dir) in [("lowerdir", lower), ("upperdir", upper), ("workdir", work)] {
-        fsconfig_set_string(&context, key, dir.as_raw_fd().to_string())
-            .call(|| format!("fsconfig(overlay, {key})"))?;
-    }
-    // An upper that needs nothing but itself to be read back. `nofollow`, because `off` still follows a
-    // redirect that a hostile upper contains on many kernels (overlayfs.rst).
-    for (key, value) in [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off"), ("xino", "off")]
-    {
-        fsconfig_set_string(&context, key, value).call(|| format!("fsconfig(overlay, {key}={value})"))?;
-    }
-    if userns {
-        fsconfig_set_flag(&context, "userxattr").call(|| "fsconfig(overlay, userxattr)".into())?;
-    }
-    create_mount(&context, "overlay", NOSUID_NODEV)
-}
-
-fn tmpfs(mode: u32, bytes_max: u64, inodes_max: u64, attr: MountAttr) -> Outcome<OwnedFd> {
-    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).call(|| "fsopen(tmpfs)".into())?;
-    let set = |key: &str, value: String| {
-        fsconfig_set_string(&context, key, value.as_str()).call(|| format!("fsconfig(tmpfs, {key}={value})"))
-    };
-    set("mode", format!("{mode:o}"))?;
-    set("size", bytes_max.to_string())?;
-    if inodes_max > 0 {
-        set("nr_inodes", inodes_max.to_string())?;
-    }
-    create_mount(&context, "tmpfs", attr)
-}
-
-fn create_mount(context: &OwnedFd, name: &str, attr: MountAttr) -> Outcome<OwnedFd> {
-    fsconfig_create(context).call(|| format!("fsconfig({name}, CMD_CREATE)"))?;
-    let mut flags = MountAttrFlags::empty();
-    for (on, flag) in [
-        (attr.read_only, MountAttrFlags::MOUNT_ATTR_RDONLY),
-        (attr.nosuid, MountAttrFlags::MOUNT_ATTR_NOSUID),
-        (attr.nodev, MountAttrFlags::MOUNT_ATTR_NODEV),
-        (attr.noexec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
-    ] {
-        flags.set(flag, on);
-    }
-    fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, flags).call(|| format!("fsmount({name})"))
-}
-
-fn clone_tree(dir: BorrowedFd<'_>, path: &CStr, recursive: bool) -> Outcome<OwnedFd> {
-    let mut flags =
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
-    open_tree(dir, path, flags).call(|| "open_tree(OPEN_TREE_CLONE)".into())
-}
-
-fn set_attr(mount: BorrowedFd<'_>, recursive: bool, attr: MountAttr) -> Outcome<()> {
-    mount_setattr(mount, SELF, recursive, attr, Propagation::Unchanged)
-        .call(|| format!("mount_setattr(mount, {attr:?})"))
-}
-
-fn attach_to(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Outcome<()> {
-    move_mount(
-        mount,
-        SELF,
-        target,
-        SELF,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
-    )
-    .call(|| "move_mount(mount, target)".into())
-}
-
-fn file_type(fd: BorrowedFd<'_>) -> Outcome<FileType> {
-    let stat = rustix::fs::fstat(fd).call(|| "fstat(mount source)".into())?;
-    Ok(FileType::from_raw_mode(stat.st_mode))
 }
 
 /// An overlay's root directory shows the upper's mode and owner; they should be the lower's. An owner that a

@@ -12,15 +12,16 @@
 //! 7. become undumpable: nothing inside can trace it or read its memory, whatever its uid
 //! 8. let the first program go
 //! 9. report, with the descriptors of root, mount namespace and control directory
-//! 10. serve: start programs (`program`), report how they end, reap orphans
+//! 10. serve: start programs (`program`), attach further mounts, report how programs end, reap orphans
 //!
 //! The process ends when the channel does, and the kernel then kills everything else in the PID namespace.
 //! It keeps its privileges, since each program's are cut down from them; nothing inside can reach it.
 
 use crate::Failure;
 use crate::channel::{Channel, Received};
+use crate::detached::Detached;
 use crate::failure::Call;
-use crate::messages::{Event, ExitStatus, IdMap, Network, Plan, Request};
+use crate::messages::{Event, ExitStatus, IdMap, Network, Place, Plan, Program, Request};
 use crate::program::{Released, Waiting};
 use crate::{mounts, program};
 use execd_sys::{CloneFlags, SingleThreaded, exit_now};
@@ -36,7 +37,7 @@ use std::time::Instant;
 /// was taken before the clone. Signals have to have their default actions, SIGCHLD excepted.
 pub fn run(proof: &SingleThreaded, channel: Channel, plan: &[u8], cloned_at: Instant) {
     let Some(channel) = keep_only(channel) else { exit_now(1) };
-    let mut init = Init { proof, channel, programs: HashMap::new(), cloned_at };
+    let mut init = Init { proof, channel, programs: HashMap::new(), cloned_at, root: None };
     match init.set_up(plan) {
         Ok(child_signal) => init.serve(&child_signal),
         Err(failure) => {
@@ -51,6 +52,8 @@ struct Init<'a> {
     /// Programs that run, and the daemon's names for them.
     programs: HashMap<Pid, u32>,
     cloned_at: Instant,
+    /// `/`, once it is complete.
+    root: Option<OwnedFd>,
 }
 
 /// Moves the channel to number 3 and closes everything above. Numbers 0 to 2 are the launcher's null device
@@ -81,7 +84,12 @@ impl Init<'_> {
         isolate(&plan)?;
         // The first program prepares itself while init mounts; pivot_root moves it along.
         let mut request = self.channel.try_recv::<Request>().ok().flatten();
-        let first = request.as_mut().map(|request| self.fork(request));
+        let first = match request.as_mut() {
+            Some(Received { message: Request::Start { id, program, into_cgroup }, fds, .. }) => {
+                Some((*id, self.fork(program, *into_cgroup, fds)))
+            }
+            Some(Received { message: Request::Attach { .. }, .. }) | None => None,
+        };
         let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
             .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
@@ -93,6 +101,7 @@ impl Init<'_> {
         }
         // Not before: giving its memory back means copying the pages that are shared with the program's process.
         drop(request);
+        self.root = Some(assembled.root);
         Ok(child_signal)
     }
 
@@ -127,23 +136,51 @@ impl Init<'_> {
                 self.reap();
             }
             if requests {
-                let Ok(Some(mut request)) = self.channel.recv::<Request>() else { return };
-                let (id, waiting) = self.fork(&mut request);
-                self.announce(id, waiting.map(Waiting::open).and_then(Released::finish));
+                let Ok(Some(request)) = self.channel.recv::<Request>() else { return };
+                self.answer(request);
             }
         }
     }
 
-    fn fork(&self, request: &mut Received<Request>) -> (u32, Result<Waiting, Failure>) {
-        let Received { message: Request::Start { id, program, into_cgroup }, fds, .. } = request;
-        let id = *id;
+    fn answer(&mut self, request: Received<Request>) {
+        let mut fds = request.fds;
+        match request.message {
+            Request::Start { id, program, into_cgroup } => {
+                let waiting = self.fork(&program, into_cgroup, &mut fds);
+                self.announce(id, waiting.map(Waiting::open).and_then(Released::finish));
+            }
+            Request::Attach { places } => {
+                let outcome = self.attach(places, &mut fds);
+                let _ = self.channel.send(&Event::Attached(outcome), &[], &[]);
+            }
+        }
+    }
+
+    fn attach(&self, places: Vec<Place>, mounts: &mut impl Iterator<Item = OwnedFd>) -> Result<(), Failure> {
+        let root =
+            self.root.as_ref().ok_or_else(|| Failure::check("attach mounts", "there is no root yet"))?;
+        for Place { dest, is_directory } in places {
+            let step = || format!("attach {}", dest.display());
+            let mount = mounts.next().ok_or_else(|| Failure::check(step(), "a mount is missing"))?;
+            let detached = Detached { mount, dest: dest.clone(), is_directory };
+            detached.attach(root.as_fd()).map_err(|error| error.of(step()))?;
+        }
+        Ok(())
+    }
+
+    fn fork(
+        &self,
+        program: &Program,
+        into_cgroup: bool,
+        fds: &mut impl Iterator<Item = OwnedFd>,
+    ) -> Result<Waiting, Failure> {
         let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
-            return (id, Err(Failure::check("start a program", "the request has no standard streams")));
+            return Err(Failure::check("start a program", "the request has no standard streams"));
         };
-        let cgroup = fds.next().filter(|_| *into_cgroup);
+        let cgroup = fds.next().filter(|_| into_cgroup);
         let streams = [stdin, stdout, stderr];
         let cgroup = cgroup.as_ref().map(AsFd::as_fd);
-        (id, program::fork(self.proof, program, &streams, cgroup, self.cloned_at))
+        program::fork(self.proof, program, &streams, cgroup, self.cloned_at)
     }
 
     fn announce(&mut self, id: u32, outcome: Result<program::Started, Failure>) {

@@ -85,6 +85,7 @@ impl ApiError {
                         | LaunchError::Io(_),
                     )
                     | ShellError::Io(_)
+                    | ShellError::Folder(_)
                     | ShellError::Silent { .. }
                     | ShellError::Ended { .. } => FAILED,
                 },

@@ -6,8 +6,9 @@ use super::launcher::Launcher;
 use super::plan::{plan, program};
 use super::spec::SandboxSpec;
 use execd_init_shim::Failure;
-use execd_init_shim::channel::{Channel, Received};
-use execd_init_shim::messages::{Command, Event, ExitStatus, Request};
+use execd_init_shim::channel::{Channel, FDS_MAX, Received};
+use execd_init_shim::detached::Detached;
+use execd_init_shim::messages::{Command, Event, ExitStatus, Place, Request};
 use execd_sys::{Cloned, SingleThreaded};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -237,6 +238,30 @@ impl Sandbox {
                 _ => {}
             }
         }
+    }
+
+    /// Attaches further mounts, in order.
+    ///
+    /// # Errors
+    /// The step that failed; the mounts before it stay.
+    pub fn attach(&self, mounts: Vec<Detached>) -> Result<(), LaunchError> {
+        let mut state = self.state();
+        for mounts in mounts.chunks(FDS_MAX - 1) {
+            let place =
+                |mount: &Detached| Place { dest: mount.dest.clone(), is_directory: mount.is_directory };
+            let request = Request::Attach { places: mounts.iter().map(place).collect() };
+            let fds: Vec<BorrowedFd<'_>> = mounts.iter().map(|mount| mount.mount.as_fd()).collect();
+            self.channel.send(&request, &[], &fds)?;
+            loop {
+                let answer = self.channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
+                match answer.message {
+                    Event::Attached(outcome) => break outcome?,
+                    Event::Exited { id, status } => state.exits.push_back((id, status)),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -126,6 +126,29 @@ pub fn mounts(layout: &Layout) -> Vec<MountStep> {
     steps
 }
 
+/// The mounts of `all` that are not in `base`, if they can be attached to a sandbox that has those of `base` and come
+/// out the same: binds, and overlays with an upper on disk, that cover nothing of the base. Pure.
+pub fn later(all: &[MountStep], base: &[MountStep]) -> Option<Vec<MountStep>> {
+    let mut base_left = base.iter().peekable();
+    let mut later = Vec::new();
+    for step in all {
+        if base_left.next_if_eq(&step).is_some() {
+            continue;
+        }
+        let can_wait = matches!(
+            step,
+            MountStep::Bind { .. } | MountStep::Overlay { upper: Upper::Directory { .. }, .. }
+        );
+        let covers =
+            |other: &MountStep| other.dest() != Path::new("/") && other.dest().starts_with(step.dest());
+        if !can_wait || base.iter().any(covers) {
+            return None;
+        }
+        later.push(step.clone());
+    }
+    base_left.peek().is_none().then_some(later)
+}
+
 /// Whether a caller's mount at `path` would take the place of something the sandbox itself provides.
 pub fn is_reserved(path: &Path) -> bool {
     path == Path::new("/run") || RESERVED.iter().any(|reserved| path.starts_with(reserved))
@@ -236,6 +259,27 @@ mod tests {
         let dests = dests(&layout);
         let place = |path| dests.iter().position(|dest| dest == path).unwrap();
         assert!(place("/a") < place("/a/b") && place("/a/b") < place("/a/b/c"));
+    }
+
+    #[test]
+    fn workspaces_can_be_attached_later_unless_they_cover_something() {
+        let base = mounts(&layout(Profile::Strict, &[]));
+        let upper = Upper::Directory { upper: "/u/upper".into(), work: "/u/work".into() };
+        let memory = Upper::Tmpfs { bytes_max: 1, inodes_max: 1 };
+        let with =
+            |workspaces: &[(&str, Access)]| later(&mounts(&layout(Profile::Strict, workspaces)), &base);
+        let found = with(&[("/w", Access::Overlay(upper.clone())), ("/w/deep", Access::ReadOnly)]).unwrap();
+        assert_eq!(
+            found.iter().map(MountStep::dest).collect::<Vec<_>>(),
+            [Path::new("/w"), Path::new("/w/deep")]
+        );
+        assert_eq!(with(&[]), Some(vec![]));
+        // Covers the hidden uppers; decides about /tmp; is the root; needs a place inside for its upper.
+        assert_eq!(with(&[("/var", Access::ReadOnly)]), None);
+        assert_eq!(with(&[("/tmp", Access::ReadWrite)]), None);
+        assert_eq!(with(&[("/", Access::ReadOnly)]), None);
+        assert_eq!(with(&[("/w", Access::Overlay(memory))]), None);
+        assert_eq!(later(&mounts(&layout(Profile::Balanced, &[])), &base), None);
     }
 
     #[test]

@@ -113,11 +113,25 @@ impl Dialect {
         script
     }
 
-    /// The line that makes a new shell read its boot script and answer.
+    /// What a shell that was started before its session was known reads before its first run, so that it is as if it
+    /// had been started for that session.
+    pub(super) fn settle_script(self, cwd: &str) -> String {
+        let builtin = self.run_builtin();
+        let reset = match self {
+            Self::Bash => ";SECONDS=0",
+            Self::Posix => "",
+        };
+        format!(
+            "{builtin} cd -P -- {}&&{{ {builtin} unset OLDPWD;{builtin} export OLDPWD{reset};}}\n",
+            quote(cwd)
+        )
+    }
+
+    /// The line that makes a shell read its boot script and answer with what came of that.
     pub(super) fn boot_line(self, token: &str) -> String {
         let builtin = self.run_builtin();
         let (boot, status) = (ControlDir::path(name::BOOT), ControlDir::path(name::STATUS));
-        format!("{builtin} . {boot};{builtin} echo {token} 0 >{status}\n\n")
+        format!("{builtin} . {boot};{builtin} echo {token} \"$?\" >{status}\n\n")
     }
 
     /// A line that does nothing but report.
@@ -181,6 +195,16 @@ mod tests {
              2>/run/execd/e;\\builtin echo tok \"$?\" >/run/execd/s\n\n"
         );
         assert!(Dialect::Posix.run_line("t", &[]).starts_with("\\command . "));
+    }
+
+    #[test]
+    fn a_shell_settles_in_any_folder() {
+        let script = Dialect::Bash.settle_script("/it's; here");
+        assert_eq!(
+            script,
+            "\\builtin cd -P -- '/it'\\''s; here'&&{ \\builtin unset OLDPWD;\\builtin export OLDPWD;SECONDS=0;}\n"
+        );
+        assert!(!Dialect::Posix.settle_script("/x").contains("SECONDS"));
     }
 
     #[test]

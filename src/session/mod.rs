@@ -2,13 +2,15 @@
 //!
 //! A [`Registry`](registry::Registry) creates, finds and ends them. Each [`Session`](session::Session) has one
 //! task (`task`) that owns its shell and takes runs in order; [`state`] draws its life. [`options`] is what
-//! a caller may ask, [`prepare`] turns that into a sandbox spec, [`probe`] finds out what the machine can do.
+//! a caller may ask, [`prepare`] turns that into a sandbox spec, [`launchpad`] launches that, `spares` keeps some
+//! ready, [`probe`] finds out what the machine can do.
 //!
 //! The shell protocol lies in three modules: `dialect` is what is said, `shell_io` the descriptors it is
 //! said through, `shell` who says it when. `control` is the directory both sides share.
 
 mod control;
 pub mod dialect;
+pub mod launchpad;
 pub mod options;
 pub mod prepare;
 pub mod probe;
@@ -18,6 +20,7 @@ pub mod run;
 pub mod session;
 mod shell;
 pub mod shell_io;
+mod spares;
 pub mod state;
 mod task;
 

@@ -43,8 +43,19 @@ pub struct Prepared {
     pub spec: SandboxSpec,
     /// Removed when dropped.
     pub uppers: Option<SessionUppers>,
+    /// How it could be made of a sandbox that was made before; `None` where it cannot.
+    pub late: Option<Late>,
     /// The request with paths as they were resolved, for the answer to "what did I create?".
     pub effective: SessionOptions,
+}
+
+/// A sandbox in two parts: what can be made before the session is known, and what is attached to it then.
+#[derive(Debug)]
+pub struct Late {
+    /// The first part.
+    pub base: SandboxSpec,
+    /// The mounts of the second.
+    pub mounts: Vec<MountStep>,
 }
 
 /// Why a session cannot be prepared.
@@ -100,6 +111,13 @@ pub fn prepare(
     };
     let mounts = profile::mounts(&layout);
     check_mount_points(&mounts)?;
+    let base_mounts = profile::mounts(&Layout {
+        workspaces: Vec::new(),
+        binds: Vec::new(),
+        // Whoever writes it replaces it, so it has to be fresh.
+        resolver: None,
+        ..layout
+    });
     let spec = SandboxSpec {
         namespaces: Namespaces {
             user: (options.uid_mode == UidMode::Userns).then(|| IdMap {
@@ -122,7 +140,15 @@ pub fn prepare(
         cwd,
         new_session: true,
     };
-    Ok(Prepared { spec, uppers, effective })
+    // In a user namespace only init may mount, and only what it can see.
+    let late = match options.uid_mode {
+        UidMode::Setpriv => profile::later(&spec.mounts, &base_mounts).map(|mounts| Late {
+            base: SandboxSpec { mounts: base_mounts, cwd: "/".into(), ..spec.clone() },
+            mounts,
+        }),
+        UidMode::Userns => None,
+    };
+    Ok(Prepared { spec, uppers, late, effective })
 }
 
 /// The ids inside; execd's own where the request names none.

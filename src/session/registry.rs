@@ -1,17 +1,20 @@
 //! All sessions of this execd.
 
+use super::launchpad::{Launched, Launchpad};
 use super::options::SessionOptions;
-use super::prepare::{Foundation, PrepareError, Prepared, prepare};
+use super::prepare::{Foundation, Late, PrepareError, Prepared, prepare};
 use super::probe::Report;
 use super::session::{Life, Session, SessionId};
-use super::shell::{Shell, ShellError};
+use super::shell::ShellError;
+use super::spares::Spares;
 use super::state::State;
-use super::task::{Resources, Task};
-use crate::sandbox::cgroup::CgroupTree;
-use crate::sandbox::launcher::Launcher;
+use super::task::Task;
+use crate::sandbox::launch::LaunchError;
 use crate::session::options::UidMode;
 use crate::session::probe::Feature;
+use execd_init_shim::detached::detach;
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -26,8 +29,8 @@ const DELETE_WAIT_MAX: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub struct Registry {
     foundation: Arc<Foundation>,
-    launcher: Arc<Launcher>,
-    cgroups: Option<CgroupTree>,
+    launchpad: Arc<Launchpad>,
+    spares: Arc<Spares>,
     report: Report,
     sessions: Mutex<HashMap<SessionId, Entry>>,
     /// Sessions that exist or are being created.
@@ -86,20 +89,24 @@ impl Drop for Place {
 
 impl Registry {
     /// An empty registry.
+    ///
+    /// # Errors
+    /// `EAGAIN` when no thread can be started.
     pub fn new(
         foundation: Arc<Foundation>,
-        launcher: Arc<Launcher>,
-        cgroups: Option<CgroupTree>,
+        launchpad: Launchpad,
         report: Report,
-    ) -> Arc<Self> {
-        Arc::new(Self {
+    ) -> std::io::Result<Arc<Self>> {
+        let launchpad = Arc::new(launchpad);
+        let spares = Spares::new(Arc::clone(&launchpad), foundation.config.session.spares)?;
+        Ok(Arc::new(Self {
             foundation,
-            launcher,
-            cgroups,
+            launchpad,
+            spares,
             report,
             sessions: Mutex::default(),
             taken: AtomicUsize::new(0),
-        })
+        }))
     }
 
     /// What this machine can do.
@@ -121,7 +128,12 @@ impl Registry {
         let place = self.take_place()?;
         let id = SessionId(Uuid::new_v4());
         let registry = Arc::clone(self);
-        let built = tokio::task::spawn_blocking(move || registry.build(id, &options)).await;
+        let built = tokio::task::spawn_blocking(move || {
+            let built = registry.build(id, &options);
+            registry.spares.refill();
+            built
+        });
+        let built = built.await;
         let built = built.map_err(std::io::Error::other)??;
         self.admit(id, built, place)
     }
@@ -154,11 +166,14 @@ impl Registry {
         for entry in &entries {
             entry.session.stop();
         }
+        let spares = Arc::clone(&self.spares);
+        let spares_gone = tokio::task::spawn_blocking(move || spares.stop());
         let deadline = Instant::now() + timeout;
         for entry in entries {
             let left = deadline.saturating_duration_since(Instant::now());
             let _ = wait_gone(entry.gone, left).await;
         }
+        let _ = tokio::time::timeout_at(deadline, spares_gone).await;
     }
 
     pub(super) fn forget(&self, id: SessionId) {
@@ -166,7 +181,7 @@ impl Registry {
     }
 
     pub(super) fn launcher_generation(&self) -> u64 {
-        self.launcher.generation()
+        self.launchpad.launcher.generation()
     }
 
     fn check_supported(&self, options: &SessionOptions) -> Result<(), CreateError> {
@@ -202,23 +217,43 @@ impl Registry {
 
     fn build(&self, id: SessionId, options: &SessionOptions) -> Result<Built, CreateError> {
         let name = id.to_string();
-        let Prepared { spec, uppers, effective } = prepare(&self.foundation, &name, options)?;
-        let cgroup = self.cgroups.as_ref().map(|tree| tree.sandbox(&name)).transpose()?.map(Arc::new);
-        let mut guard = CgroupGuard(cgroup.clone());
-        let answer_max = Duration::from_millis(self.foundation.config.session.shell_start_max_ms);
-        let launcher_generation = self.launcher.generation();
-        let (shell, sandbox, timings) = Shell::launch(&self.launcher, spec, cgroup.clone(), answer_max)?;
-        guard.0 = None;
+        let Prepared { spec, uppers, late, effective } = prepare(&self.foundation, &name, options)?;
+        let spare = late.and_then(|late| self.build_from_spare(late, &spec.cwd));
+        let from_spare = spare.is_some();
+        let mut launched = match spare {
+            Some(launched) => launched,
+            None => self.launchpad.launch(&name, spec)?,
+        };
+        launched.resources.uppers = uppers;
+        let timings = launched.timings;
         tracing::info!(
             session = %id,
+            from_spare,
             clone_us = timings.clone_us,
             assembled_us = timings.assembled_us,
             exec_us = timings.exec_us,
             ready_us = timings.ready_us,
             "session created"
         );
-        let resources = Resources { sandbox, cgroup, _uppers: uppers };
-        Ok(Built { shell, resources, effective, launcher_generation })
+        Ok(Built { launched, effective })
+    }
+
+    /// Makes a session of a spare. One that fails is no reason to fail: the spare may have been hurt while it waited.
+    fn build_from_spare(&self, late: Late, cwd: &Path) -> Option<Launched> {
+        let Late { base, mounts } = late;
+        let mut spare = self.spares.take(&base)?;
+        let mut fit = || {
+            let mounts: Result<Vec<_>, _> = mounts.iter().map(detach).collect();
+            spare.resources.sandbox.attach(mounts.map_err(LaunchError::Step)?)?;
+            spare.shell.settle(cwd, self.launchpad.answer_max)
+        };
+        match fit() {
+            Ok(()) => Some(spare),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "a spare sandbox did not fit");
+                None
+            }
+        }
     }
 
     fn admit(
@@ -227,7 +262,7 @@ impl Registry {
         built: Built,
         place: Place,
     ) -> Result<Arc<Session>, CreateError> {
-        let Built { mut shell, resources, effective, launcher_generation } = built;
+        let Built { launched: Launched { mut shell, resources, generation, .. }, effective } = built;
         shell.io = shell.io.register()?;
         let config = self.foundation.config.session.clone();
         let (runs, run_receiver) = mpsc::channel(config.waiting_runs_max);
@@ -241,7 +276,7 @@ impl Registry {
             options: effective.clone(),
             created_at: now,
             registry: Arc::downgrade(self),
-            launcher_generation,
+            launcher_generation: generation,
             runs,
             stop,
             life: Mutex::new(life),
@@ -271,21 +306,8 @@ impl Registry {
 
 /// A session that is built and not yet listed. Dropping it releases everything.
 struct Built {
-    shell: Shell,
-    resources: Resources,
+    launched: Launched,
     effective: SessionOptions,
-    launcher_generation: u64,
-}
-
-/// Removes the cgroup of a creation that failed.
-struct CgroupGuard(Option<Arc<crate::sandbox::cgroup::Cgroup>>);
-
-impl Drop for CgroupGuard {
-    fn drop(&mut self) {
-        if let Some(Err(error)) = self.0.as_ref().map(|cgroup| cgroup.remove()) {
-            tracing::error!(%error, "the cgroup of a failed session could not be removed");
-        }
-    }
 }
 
 async fn wait_gone(mut gone: watch::Receiver<()>, timeout: Duration) -> Result<(), DeleteError> {

@@ -25,6 +25,7 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -91,6 +92,9 @@ pub enum ShellError {
         /// What it said.
         diagnostics: String,
     },
+    /// It cannot enter its folder.
+    #[error("the shell cannot enter {}", .0.display())]
+    Folder(PathBuf),
     /// It started and ended at once.
     #[error("the shell ended with {status:?}{diagnostics}")]
     Ended {
@@ -199,15 +203,30 @@ impl Shell {
         carried: Option<&Carried>,
         answer_max: Duration,
     ) -> Result<(), ShellError> {
-        let dialect = self.process.dialect;
-        self.io.control().put(name::BOOT, dialect.boot_script(carried).as_bytes())?;
+        let boot = self.process.dialect.boot_script(carried);
         self.io.attach(script)?;
+        // What is carried over may fail in part, as in a folder that is gone.
+        self.read(&boot, answer_max).map(drop)
+    }
+
+    /// Makes a shell that was started before its session was known one of that session. Blocks.
+    pub(super) fn settle(&mut self, cwd: &Path, answer_max: Duration) -> Result<(), ShellError> {
+        let Some(folder) = cwd.to_str() else { return Err(ShellError::Folder(cwd.into())) };
+        match self.read(&self.process.dialect.settle_script(folder), answer_max)? {
+            0 => Ok(()),
+            _ => Err(ShellError::Folder(cwd.into())),
+        }
+    }
+
+    /// Has the shell read a script of ours; its status. Blocks.
+    fn read(&mut self, script: &str, answer_max: Duration) -> Result<i32, ShellError> {
+        self.io.control().put(name::BOOT, script.as_bytes())?;
         let token = token();
-        self.io.send(&dialect.boot_line(&token));
+        self.io.send(&self.process.dialect.boot_line(&token));
         let deadline = Instant::now() + answer_max;
         loop {
             match self.sign(&token) {
-                Some(Sign::Reported(_)) => return Ok(()),
+                Some(Sign::Reported(status)) => return Ok(status),
                 Some(Sign::Ended(status)) => {
                     return Err(ShellError::Ended { status, diagnostics: self.process.complaints() });
                 }

@@ -38,7 +38,7 @@ pub(super) struct Resources {
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) cgroup: Option<Arc<Cgroup>>,
     /// Only held, to be removed last.
-    pub(super) _uppers: Option<SessionUppers>,
+    pub(super) uppers: Option<SessionUppers>,
 }
 
 impl Drop for Resources {

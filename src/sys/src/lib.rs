@@ -23,7 +23,9 @@ pub use net::set_loopback_up;
 pub use process::{CloneFlags, Cloned, SingleThreaded, clone3, exit_now, unshare};
 #[cfg(feature = "tokio")]
 pub use reactor::watch_readable;
-pub use signal::{reap_automatically, reset_signals, send_signal, unblock_signals, watch_children, watch_signals};
+pub use signal::{
+    reap_automatically, reset_signals, send_signal, unblock_signals, watch_children, watch_signals,
+};
 
 /// Turns the C convention (`-1` and `errno`) into a result.
 fn check(result: libc::c_long) -> std::io::Result<libc::c_long> {
