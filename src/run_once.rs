@@ -45,7 +45,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     let mut prepared = prepare(&foundation, "run", &options)?;
     let terminal = std::io::stdin().is_terminal();
     // With a terminal the command keeps it, job control included; the filter blocks typing into it (TIOCSTI).
-    prepared.spec.new_session = !terminal || prepared.spec.seccomp.is_empty();
+    prepared.spec.new_session = !terminal || prepared.spec.seccomp.program.is_empty();
     let new_session = prepared.spec.new_session;
     // Only the shell of a session is talked to.
     prepared.spec.mounts.retain(|step| !matches!(step, MountStep::Control { .. }));

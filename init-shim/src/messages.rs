@@ -6,7 +6,7 @@
 //! daemon ◄── Assembled | Failed ── init          once
 //! daemon ── Start ──► init ── Started | NotStarted ──► daemon
 //! daemon ◄── Exited ── init                      for each program started
-//! daemon ── Attach ──► init ── Attached ──► daemon
+//! daemon ── Attach ──► init ── Attached ──► daemon     unanswered before Assembled
 //! ```
 
 use crate::Failure;
@@ -52,6 +52,8 @@ pub struct Plan {
     pub hostname: Option<String>,
     /// Mounts, in order. The first may be on `/`; else the root starts as an empty tmpfs.
     pub mounts: Vec<MountStep>,
+    /// How many mounts the daemon makes meanwhile, to be attached after these; they come with [`Request::Attach`].
+    pub awaited_mounts: usize,
     /// `/proc/self/oom_score_adj` of init and all programs, -1000 to 1000 (proc_pid_oom_score_adj(5)).
     pub oom_score_adj: i16,
 }
@@ -224,7 +226,8 @@ pub enum Request {
         /// Be born in the cgroup whose directory is attached.
         into_cgroup: bool,
     },
-    /// Attach mounts that the daemon has made, in order. Descriptors: one detached mount for each.
+    /// Attach mounts that the daemon has made, in order. Descriptors: one detached mount for each. What the plan
+    /// awaits is answered by `Assembled` or `Failed`, everything after that by `Attached`.
     Attach {
         /// Where they go.
         places: Vec<Place>,
@@ -317,6 +320,8 @@ pub struct Program {
     pub capabilities: u64,
     /// The seccomp filter; empty for none.
     pub seccomp: Vec<Instruction>,
+    /// Whether the filter lets through all that follows it, so that it can be installed while init mounts.
+    pub seccomp_early: bool,
 }
 
 /// An executable and its arguments.

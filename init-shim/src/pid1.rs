@@ -8,7 +8,7 @@
 //! 3. map ids, when born in a user namespace
 //! 4. mount, uts, ipc and cgroup namespace, network namespace, host name, session keyring, OOM score
 //! 5. fork the first program, if it has been asked for already; it prepares itself and waits
-//! 6. mounts, and the new root (`mounts`)
+//! 6. mounts, and the new root (`mounts`); then those that the daemon has made meanwhile
 //! 7. become undumpable: nothing inside can trace it or read its memory, whatever its uid
 //! 8. let the first program go
 //! 9. report, with the descriptors of root, mount namespace and control directory
@@ -91,6 +91,7 @@ impl Init<'_> {
             Some(Received { message: Request::Attach { .. }, .. }) | None => None,
         };
         let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
+        self.attach_awaited(plan.awaited_mounts, &assembled.root)?;
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
             .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
             .map_err(|e| e.of("protect init"))?;
@@ -150,20 +151,24 @@ impl Init<'_> {
                 self.announce(id, waiting.map(Waiting::open).and_then(Released::finish));
             }
             Request::Attach { places } => {
-                let outcome = self.attach(places, &mut fds);
+                let outcome = match &self.root {
+                    Some(root) => attach(places, &mut fds, root),
+                    None => Err(Failure::check("attach mounts", "there is no root yet")),
+                };
                 let _ = self.channel.send(&Event::Attached(outcome), &[], &[]);
             }
         }
     }
 
-    fn attach(&self, places: Vec<Place>, mounts: &mut impl Iterator<Item = OwnedFd>) -> Result<(), Failure> {
-        let root =
-            self.root.as_ref().ok_or_else(|| Failure::check("attach mounts", "there is no root yet"))?;
-        for Place { dest, is_directory } in places {
-            let step = || format!("attach {}", dest.display());
-            let mount = mounts.next().ok_or_else(|| Failure::check(step(), "a mount is missing"))?;
-            let detached = Detached { mount, dest: dest.clone(), is_directory };
-            detached.attach(root.as_fd()).map_err(|error| error.of(step()))?;
+    fn attach_awaited(&self, mut count: usize, root: &OwnedFd) -> Result<(), Failure> {
+        while count > 0 {
+            let request =
+                self.channel.recv::<Request>().call(|| "recvmsg".into()).map_err(|e| e.of("await mounts"))?;
+            let Some(Received { message: Request::Attach { places }, mut fds, .. }) = request else {
+                return Err(Failure::check("await mounts", "something else came"));
+            };
+            count = count.saturating_sub(places.len());
+            attach(places, &mut fds, root)?;
         }
         Ok(())
     }
@@ -222,6 +227,20 @@ fn write_id_map(map: &IdMap) -> Result<(), Failure> {
     write("setgroups", "deny".into())?;
     write("uid_map", format!("{} {} 1", map.inside_uid, map.outside_uid))?;
     write("gid_map", format!("{} {} 1", map.inside_gid, map.outside_gid))
+}
+
+fn attach(
+    places: Vec<Place>,
+    mounts: &mut impl Iterator<Item = OwnedFd>,
+    root: &OwnedFd,
+) -> Result<(), Failure> {
+    for Place { dest, is_directory } in places {
+        let step = || format!("attach {}", dest.display());
+        let mount = mounts.next().ok_or_else(|| Failure::check(step(), "a mount is missing"))?;
+        let detached = Detached { mount, dest: dest.clone(), is_directory };
+        detached.attach(root.as_fd()).map_err(|error| error.of(step()))?;
+    }
+    Ok(())
 }
 
 fn isolate(plan: &Plan) -> Result<(), Failure> {

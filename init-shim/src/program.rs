@@ -3,11 +3,12 @@
 //! 1. standard streams; every other descriptor closed
 //! 2. own session, no core dumps, umask 022
 //! 3. signals unblocked (their actions are the default ones already)
-//! 4. wait at the gate: the first program is forked while init still mounts
-//! 5. working directory
-//! 6. capability bounding set, then groups, gid and uid, then the other capability sets
-//! 7. no_new_privs and the seccomp filter, last, since it forbids some of the above
-//! 8. exec
+//! 4. capability bounding set, no_new_privs, and the seccomp filter unless it forbids some of what follows
+//! 5. wait at the gate: the first program is forked while init still mounts
+//! 6. working directory
+//! 7. groups, gid and uid, then the other capability sets
+//! 8. the seccomp filter, if not before
+//! 9. exec
 //!
 //! The working directory is entered before the identity changes: a session may be given a folder below
 //! directories that its user cannot search.
@@ -168,13 +169,21 @@ fn prepare(program: &Program, streams: &Streams, own: &mut Own) -> Result<(), Fa
     move_descriptors(streams, own).map_err(|e| e.of("set up the standard streams"))?;
     enter_session(program).map_err(|e| e.of("make a session"))?;
     execd_sys::unblock_signals();
+    bound_capabilities(kept_capabilities(program)).map_err(|e| e.of("bound the capabilities"))?;
+    rustix::thread::set_no_new_privs(true)
+        .call(|| "prctl(PR_SET_NO_NEW_PRIVS)".into())
+        .map_err(|e| e.of("set no_new_privs"))?;
+    let install = || install_filter(program).map_err(|e| e.of("install the seccomp filter"));
+    if program.seccomp_early {
+        install()?;
+    }
     own.wait_at_gate().map_err(|e| e.of("wait for the sandbox to be complete"))?;
     rustix::process::chdir(&program.cwd)
         .call(|| "chdir".into())
         .map_err(|e| e.of(format!("enter {}", program.cwd.display())))?;
     let Identity { uid, gid, .. } = program.identity;
     switch_identity(program).map_err(|e| e.of(format!("become uid {uid} gid {gid}")))?;
-    lock_down(program).map_err(|e| e.of("install the seccomp filter"))
+    if program.seccomp_early { Ok(()) } else { install() }
 }
 
 /// The child's own descriptors, above the streams.
@@ -208,8 +217,6 @@ fn enter_session(program: &Program) -> Result<(), CallError> {
 }
 
 fn switch_identity(program: &Program) -> Result<(), CallError> {
-    let keep = kept_capabilities(program);
-    bound_capabilities(keep)?;
     let (uid, gid) = (program.identity.uid, program.identity.gid);
     if program.identity.switch {
         nix::unistd::setgroups(&[]).call(|| "setgroups([])".into())?;
@@ -218,7 +225,7 @@ fn switch_identity(program: &Program) -> Result<(), CallError> {
         nix::unistd::setresuid(uid, uid, uid).call(|| format!("setresuid({uid})"))?;
     }
     let held = capabilities(None).call(|| "capget".into())?.permitted;
-    let keep = keep.intersection(held);
+    let keep = kept_capabilities(program).intersection(held);
     // The ambient set empties itself as the inheritable one does (capabilities(7)).
     let sets = CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).call(|| format!("capset({keep:?})"))
@@ -254,8 +261,7 @@ fn kept_capabilities(program: &Program) -> CapabilitySet {
     }
 }
 
-fn lock_down(program: &Program) -> Result<(), CallError> {
-    rustix::thread::set_no_new_privs(true).call(|| "prctl(PR_SET_NO_NEW_PRIVS)".into())?;
+fn install_filter(program: &Program) -> Result<(), CallError> {
     if program.seccomp.is_empty() {
         return Ok(());
     }

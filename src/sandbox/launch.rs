@@ -7,8 +7,8 @@ use super::plan::{plan, program};
 use super::spec::SandboxSpec;
 use execd_init_shim::Failure;
 use execd_init_shim::channel::{Channel, FDS_MAX, Received};
-use execd_init_shim::detached::Detached;
-use execd_init_shim::messages::{Command, Event, ExitStatus, Place, Request};
+use execd_init_shim::detached::{Detached, detach};
+use execd_init_shim::messages::{Command, Event, ExitStatus, MountStep, Place, Request};
 use execd_sys::{Cloned, SingleThreaded};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -194,6 +194,11 @@ impl Sandbox {
         // Until the sandbox exists as a value, this guard is what ends a half-built one.
         let guard = KillOnDrop(&pidfd);
         set_socket_timeout(&channel, Timeout::Recv, Some(ANSWER_WAIT_MAX)).map_err(io::Error::from)?;
+        match request_attach(&channel, &spec.late_mounts) {
+            // It has failed before; what it said last is still there to be read.
+            Ok(_) | Err(LaunchError::InitLost) => {}
+            Err(error) => return Err(error),
+        }
         let mut answer = channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
         let (has_control, assembled_us) = match answer.message {
             Event::Assembled { has_control, since_clone_us } => (has_control, since_clone_us),
@@ -240,25 +245,22 @@ impl Sandbox {
         }
     }
 
-    /// Attaches further mounts, in order.
+    /// Makes further mounts and has them attached, in order. For those that [`super::profile::split`] finds.
     ///
     /// # Errors
     /// The step that failed; the mounts before it stay.
-    pub fn attach(&self, mounts: Vec<Detached>) -> Result<(), LaunchError> {
+    pub fn attach(&self, mounts: &[MountStep]) -> Result<(), LaunchError> {
         let mut state = self.state();
-        for mounts in mounts.chunks(FDS_MAX - 1) {
-            let place =
-                |mount: &Detached| Place { dest: mount.dest.clone(), is_directory: mount.is_directory };
-            let request = Request::Attach { places: mounts.iter().map(place).collect() };
-            let fds: Vec<BorrowedFd<'_>> = mounts.iter().map(|mount| mount.mount.as_fd()).collect();
-            self.channel.send(&request, &[], &fds)?;
-            loop {
-                let answer = self.channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
-                match answer.message {
-                    Event::Attached(outcome) => break outcome?,
-                    Event::Exited { id, status } => state.exits.push_back((id, status)),
-                    _ => {}
+        let mut unanswered = request_attach(&self.channel, mounts)?;
+        while unanswered > 0 {
+            let answer = self.channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
+            match answer.message {
+                Event::Attached(outcome) => {
+                    outcome?;
+                    unanswered -= 1;
                 }
+                Event::Exited { id, status } => state.exits.push_back((id, status)),
+                _ => {}
             }
         }
         Ok(())
@@ -354,6 +356,21 @@ fn request_start(
         &[],
         &fds,
     )?)
+}
+
+/// Makes mounts and asks for them to be attached; how many messages that took.
+fn request_attach(channel: &Channel, mounts: &[MountStep]) -> Result<usize, LaunchError> {
+    let mut messages = 0;
+    // A large message takes one descriptor for itself.
+    for mounts in mounts.chunks(FDS_MAX - 1) {
+        let made: Vec<_> = mounts.iter().map(detach).collect::<Result<_, _>>()?;
+        let place = |step: &Detached| Place { dest: step.dest.clone(), is_directory: step.is_directory };
+        let request = Request::Attach { places: made.iter().map(place).collect() };
+        let fds: Vec<BorrowedFd<'_>> = made.iter().map(|detached| detached.mount.as_fd()).collect();
+        channel.send(&request, &[], &fds)?;
+        messages += 1;
+    }
+    Ok(messages)
 }
 
 /// Kills an init; the kernel then kills the rest of its PID namespace (pid_namespaces(7)).

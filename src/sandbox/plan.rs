@@ -11,6 +11,7 @@ pub fn plan(spec: &SandboxSpec) -> Plan {
         network: spec.namespaces.network,
         hostname: spec.hostname.clone(),
         mounts: spec.mounts.clone(),
+        awaited_mounts: spec.late_mounts.len(),
         oom_score_adj: spec.oom_score_adj,
     }
 }
@@ -29,6 +30,7 @@ pub fn program(spec: &SandboxSpec, commands: Vec<Command>) -> Program {
             switch: spec.namespaces.user.is_none(),
         },
         capabilities: spec.capabilities,
-        seccomp: spec.seccomp.clone(),
+        seccomp: spec.seccomp.program.clone(),
+        seccomp_early: spec.seccomp.lets_programs_start,
     }
 }

@@ -126,11 +126,12 @@ pub fn mounts(layout: &Layout) -> Vec<MountStep> {
     steps
 }
 
-/// The mounts of `all` that are not in `base`, if they can be attached to a sandbox that has those of `base` and come
-/// out the same: binds, and overlays with an upper on disk, that cover nothing of the base. Pure.
-pub fn later(all: &[MountStep], base: &[MountStep]) -> Option<Vec<MountStep>> {
+/// Splits the mounts `all` into those of `base` and the rest, which is returned if it can be made outside of the
+/// sandbox and attached to it later, with the same result: binds, and overlays with an upper on disk, that cover
+/// nothing of the base. Pure.
+pub fn split(all: &[MountStep], base: &[MountStep]) -> Option<Vec<MountStep>> {
     let mut base_left = base.iter().peekable();
-    let mut later = Vec::new();
+    let mut late = Vec::new();
     for step in all {
         if base_left.next_if_eq(&step).is_some() {
             continue;
@@ -144,9 +145,9 @@ pub fn later(all: &[MountStep], base: &[MountStep]) -> Option<Vec<MountStep>> {
         if !can_wait || base.iter().any(covers) {
             return None;
         }
-        later.push(step.clone());
+        late.push(step.clone());
     }
-    base_left.peek().is_none().then_some(later)
+    base_left.peek().is_none().then_some(late)
 }
 
 /// Whether a caller's mount at `path` would take the place of something the sandbox itself provides.
@@ -267,7 +268,7 @@ mod tests {
         let upper = Upper::Directory { upper: "/u/upper".into(), work: "/u/work".into() };
         let memory = Upper::Tmpfs { bytes_max: 1, inodes_max: 1 };
         let with =
-            |workspaces: &[(&str, Access)]| later(&mounts(&layout(Profile::Strict, workspaces)), &base);
+            |workspaces: &[(&str, Access)]| split(&mounts(&layout(Profile::Strict, workspaces)), &base);
         let found = with(&[("/w", Access::Overlay(upper.clone())), ("/w/deep", Access::ReadOnly)]).unwrap();
         assert_eq!(
             found.iter().map(MountStep::dest).collect::<Vec<_>>(),
@@ -279,7 +280,7 @@ mod tests {
         assert_eq!(with(&[("/tmp", Access::ReadWrite)]), None);
         assert_eq!(with(&[("/", Access::ReadOnly)]), None);
         assert_eq!(with(&[("/w", Access::Overlay(memory))]), None);
-        assert_eq!(later(&mounts(&layout(Profile::Balanced, &[])), &base), None);
+        assert_eq!(split(&mounts(&layout(Profile::Balanced, &[])), &base), None);
     }
 
     #[test]

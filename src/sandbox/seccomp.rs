@@ -117,6 +117,26 @@ pub const DENY: &[Denied] = &[
     },
 ];
 
+/// What a process of a sandbox still calls once it could have its filter (init-shim's `program`).
+const STARTUP_CALLS: &[&str] = &[
+    "read",
+    "write",
+    "close",
+    "brk",
+    "mmap",
+    "munmap",
+    "access",
+    "faccessat",
+    "chdir",
+    "setgroups",
+    "setresgid",
+    "setresuid",
+    "capget",
+    "capset",
+    "execve",
+    "exit_group",
+];
+
 /// Calls that the `syscalls` crate may not know yet; the number is the same on every architecture.
 const RECENT: [(&str, u32); 1] = [("open_tree_attr", 467)];
 
@@ -144,6 +164,8 @@ enum Action {
 pub struct Filter {
     /// The program; empty when nothing is denied.
     pub program: Vec<Instruction>,
+    /// Whether it denies nothing that a new process does on its way to execve(2).
+    pub lets_programs_start: bool,
     /// Names in the list that this architecture or this build does not know.
     pub unknown: Vec<String>,
 }
@@ -178,7 +200,12 @@ fn compile<'a>(entries: impl IntoIterator<Item = (&'a str, Errno)>) -> Filter {
     actions.entry(Sysno::clone as u32).or_insert(Action::CheckCloneFlags);
     actions.entry(Sysno::socket as u32).or_insert(Action::CheckSocketFamily);
     actions.entry(Sysno::ioctl as u32).or_insert(Action::CheckIoctlRequest);
-    Filter { program: assemble(&ranges(&actions)), unknown }
+    let denies = |name: &&str| {
+        let action = number(name).and_then(|number| actions.get(&number));
+        matches!(action, Some(Action::Deny(_)))
+    };
+    let lets_programs_start = !STARTUP_CALLS.iter().any(denies);
+    Filter { program: assemble(&ranges(&actions)), lets_programs_start, unknown }
 }
 
 fn number(name: &str) -> Option<u32> {
@@ -378,6 +405,7 @@ mod tests {
         assert_eq!(answer(&filter, "clone3", [0, 0]), ENOSYS);
         assert_eq!(answer(&filter, "mount", [0, 0]), RET_ALLOW);
         assert!(from_names(&[]).program.is_empty());
+        assert!(!filter.lets_programs_start && builtin().lets_programs_start);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What a sandbox is, as plain data. General enough for a bubblewrap-style command line: namespaces, an
 //! ordered list of mounts, an identity, an environment, capabilities, a filter, a host name, a folder.
 
-use execd_init_shim::messages::{IdMap, Instruction, MountStep, Network};
+use super::seccomp::Filter;
+use execd_init_shim::messages::{IdMap, MountStep, Network};
 use rustix::thread::CapabilitySet;
 use std::ffi::CString;
 use std::path::PathBuf;
@@ -13,6 +14,9 @@ pub struct SandboxSpec {
     pub namespaces: Namespaces,
     /// Carried out in this order.
     pub mounts: Vec<MountStep>,
+    /// Further ones, after those. They are made on this side while init is busy with the others, which
+    /// [`super::profile::split`] says the conditions of.
+    pub late_mounts: Vec<MountStep>,
     /// uts host name.
     pub hostname: Option<String>,
     /// See proc_pid_oom_score_adj(5); above the daemon's own.
@@ -23,8 +27,8 @@ pub struct SandboxSpec {
     pub gid: u32,
     /// What uid 0 programs keep; bit n is capability number n.
     pub capabilities: u64,
-    /// Compiled by [`crate::sandbox::seccomp`]; empty for none.
-    pub seccomp: Vec<Instruction>,
+    /// What programs may not call.
+    pub seccomp: Filter,
     /// `NAME=value`.
     pub environment: Vec<CString>,
     /// Where programs start.

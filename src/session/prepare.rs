@@ -43,19 +43,8 @@ pub struct Prepared {
     pub spec: SandboxSpec,
     /// Removed when dropped.
     pub uppers: Option<SessionUppers>,
-    /// How it could be made of a sandbox that was made before; `None` where it cannot.
-    pub late: Option<Late>,
     /// The request with paths as they were resolved, for the answer to "what did I create?".
     pub effective: SessionOptions,
-}
-
-/// A sandbox in two parts: what can be made before the session is known, and what is attached to it then.
-#[derive(Debug)]
-pub struct Late {
-    /// The first part.
-    pub base: SandboxSpec,
-    /// The mounts of the second.
-    pub mounts: Vec<MountStep>,
 }
 
 /// Why a session cannot be prepared.
@@ -111,13 +100,11 @@ pub fn prepare(
     };
     let mounts = profile::mounts(&layout);
     check_mount_points(&mounts)?;
-    let base_mounts = profile::mounts(&Layout {
-        workspaces: Vec::new(),
-        binds: Vec::new(),
-        // Whoever writes it replaces it, so it has to be fresh.
-        resolver: None,
-        ..layout
-    });
+    let (mounts, late_mounts) = match options.uid_mode {
+        UidMode::Setpriv => split(mounts, layout),
+        // Only init may mount there.
+        UidMode::Userns => (mounts, Vec::new()),
+    };
     let spec = SandboxSpec {
         namespaces: Namespaces {
             user: (options.uid_mode == UidMode::Userns).then(|| IdMap {
@@ -130,25 +117,34 @@ pub fn prepare(
             cgroup: foundation.has_cgroups,
         },
         mounts,
+        late_mounts,
         hostname: Some(HOSTNAME.into()),
         oom_score_adj: OOM_SCORE_ADJ,
         uid,
         gid,
         capabilities: ROOT_CAPABILITIES.bits(),
-        seccomp: foundation.filter.program.clone(),
+        seccomp: foundation.filter.clone(),
         environment: environment::build(std::env::vars_os(), &options.environment, &account(options, &cwd)),
         cwd,
         new_session: true,
     };
-    // In a user namespace only init may mount, and only what it can see.
-    let late = match options.uid_mode {
-        UidMode::Setpriv => profile::later(&spec.mounts, &base_mounts).map(|mounts| Late {
-            base: SandboxSpec { mounts: base_mounts, cwd: "/".into(), ..spec.clone() },
-            mounts,
-        }),
-        UidMode::Userns => None,
-    };
-    Ok(Prepared { spec, uppers, late, effective })
+    Ok(Prepared { spec, uppers, effective })
+}
+
+/// The mounts that are the same for every session of this kind, and those of this one alone; all and none, where
+/// that cannot be told apart.
+fn split(mounts: Vec<MountStep>, layout: Layout) -> (Vec<MountStep>, Vec<MountStep>) {
+    let base = profile::mounts(&Layout {
+        workspaces: Vec::new(),
+        binds: Vec::new(),
+        // Whoever writes it replaces it, so it has to be fresh.
+        resolver: None,
+        ..layout
+    });
+    match profile::split(&mounts, &base) {
+        Some(late) => (base, late),
+        None => (mounts, Vec::new()),
+    }
 }
 
 /// The ids inside; execd's own where the request names none.

@@ -2,19 +2,17 @@
 
 use super::launchpad::{Launched, Launchpad};
 use super::options::SessionOptions;
-use super::prepare::{Foundation, Late, PrepareError, Prepared, prepare};
+use super::prepare::{Foundation, PrepareError, Prepared, prepare};
 use super::probe::Report;
 use super::session::{Life, Session, SessionId};
 use super::shell::ShellError;
 use super::spares::Spares;
 use super::state::State;
 use super::task::Task;
-use crate::sandbox::launch::LaunchError;
+use crate::sandbox::spec::SandboxSpec;
 use crate::session::options::UidMode;
 use crate::session::probe::Feature;
-use execd_init_shim::detached::detach;
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -217,8 +215,8 @@ impl Registry {
 
     fn build(&self, id: SessionId, options: &SessionOptions) -> Result<Built, CreateError> {
         let name = id.to_string();
-        let Prepared { spec, uppers, late, effective } = prepare(&self.foundation, &name, options)?;
-        let spare = late.and_then(|late| self.build_from_spare(late, &spec.cwd));
+        let Prepared { spec, uppers, effective } = prepare(&self.foundation, &name, options)?;
+        let spare = self.build_from_spare(&spec);
         let from_spare = spare.is_some();
         let mut launched = match spare {
             Some(launched) => launched,
@@ -239,15 +237,15 @@ impl Registry {
     }
 
     /// Makes a session of a spare. One that fails is no reason to fail: the spare may have been hurt while it waited.
-    fn build_from_spare(&self, late: Late, cwd: &Path) -> Option<Launched> {
-        let Late { base, mounts } = late;
-        let mut spare = self.spares.take(&base)?;
-        let mut fit = || {
-            let mounts: Result<Vec<_>, _> = mounts.iter().map(detach).collect();
-            spare.resources.sandbox.attach(mounts.map_err(LaunchError::Step)?)?;
-            spare.shell.settle(cwd, self.launchpad.answer_max)
-        };
-        match fit() {
+    fn build_from_spare(&self, spec: &SandboxSpec) -> Option<Launched> {
+        let mut spare = self.spares.take(spec)?;
+        let fitted = spare
+            .resources
+            .sandbox
+            .attach(&spec.late_mounts)
+            .map_err(ShellError::from)
+            .and_then(|()| spare.shell.settle(&spec.cwd, self.launchpad.answer_max));
+        match fitted {
             Ok(()) => Some(spare),
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a spare sandbox did not fit");

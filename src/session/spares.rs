@@ -79,13 +79,14 @@ impl Spares {
         Ok(spares)
     }
 
-    /// A spare of this kind, if there is one. The next is made after [`Spares::refill`], for it would only be in the
+    /// A spare for a session with this spec, if there is one. The next is made after [`Spares::refill`], for it would only be in the
     /// way of this session. Blocks for some milliseconds at most.
-    pub(super) fn take(&self, kind: &SandboxSpec) -> Option<Launched> {
-        let mut state = self.state();
-        if self.count_max == 0 {
+    pub(super) fn take(&self, spec: &SandboxSpec) -> Option<Launched> {
+        if self.count_max == 0 || spec.late_mounts.is_empty() {
             return None;
         }
+        let kind = &kind(spec);
+        let mut state = self.state();
         if state.kind.as_ref() != Some(kind) {
             if state.kind.is_none() || state.other_kind.as_ref() == Some(kind) {
                 state.become_kind(kind.clone());
@@ -170,6 +171,11 @@ impl Spares {
         }
         self.changed.notify_all();
     }
+}
+
+/// What sessions have in common that can be made of the same spares: all but what is attached later, and the folder.
+fn kind(spec: &SandboxSpec) -> SandboxSpec {
+    SandboxSpec { late_mounts: Vec::new(), cwd: "/".into(), ..spec.clone() }
 }
 
 impl State {
