@@ -21,6 +21,7 @@ use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox, Started};
 use crate::sandbox::launcher::Launcher;
 use crate::sandbox::spec::SandboxSpec;
 use execd_init_shim::messages::ExitStatus;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -347,6 +348,12 @@ impl Shell {
         let line = self.process.dialect.idle_line(&token);
         self.io.send(&line);
         token
+    }
+
+    /// Whether its process is there; it ends with its sandbox, too.
+    pub(super) fn is_alive(&self) -> bool {
+        let mut fds = [PollFd::new(&self.process.pidfd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(0)
     }
 
     /// Kills the shell itself.

@@ -195,6 +195,9 @@ impl State {
         if self.ready.iter().any(|spare| spare.generation != generation) {
             self.all_stale();
         }
+        let (alive, dead) = self.ready.drain(..).partition(|spare| spare.shell.is_alive());
+        self.ready = alive;
+        self.stale.extend::<VecDeque<_>>(dead);
     }
 
     fn note_mounts(&mut self) {
