@@ -49,6 +49,9 @@ pub struct Session {
     pub interrupt_grace_ms: u64,
     /// How long a new shell may take to answer; milliseconds.
     pub shell_start_max_ms: u64,
+    /// What is kept of the output of a run for clients that come back, and how far a run may be ahead of its readers;
+    /// bytes.
+    pub run_buffer_max_bytes: usize,
     /// Sandboxes kept ready for the next sessions, once there has been one; 0 for none.
     pub spares: usize,
 }
@@ -100,6 +103,7 @@ impl Default for Session {
             waiting_runs_max: 16,
             interrupt_grace_ms: 1000,
             shell_start_max_ms: 10_000,
+            run_buffer_max_bytes: 1 << 20,
             spares: 2,
         }
     }
@@ -171,6 +175,9 @@ impl Config {
         if self.session.waiting_runs_max == 0 {
             return wrong("session.waiting_runs_max", "must be at least 1");
         }
+        if self.session.run_buffer_max_bytes == 0 {
+            return wrong("session.run_buffer_max_bytes", "must be at least 1");
+        }
         if self.http.ping_interval_seconds == 0 {
             return wrong("http.ping_interval_seconds", "must be at least 1");
         }
@@ -197,7 +204,7 @@ mod tests {
         assert_eq!(config.seccomp.deny.unwrap(), built_in);
         let text = std::fs::read_to_string(EXAMPLE).unwrap();
         let keys = text.lines().filter(|line| line.contains(" = ")).count();
-        assert_eq!(keys, 17, "a key was added without a line in the example");
+        assert_eq!(keys, 18, "a key was added without a line in the example");
     }
 
     #[test]

@@ -107,6 +107,7 @@ async fn run(args: &ServeArgs, machine: Machine) -> anyhow::Result<()> {
     let answer_max = Duration::from_millis(foundation.config.session.shell_start_max_ms);
     let launchpad = Launchpad { launcher, cgroups, answer_max };
     let registry = Registry::new(Arc::clone(&foundation), launchpad, report).context("start the registry")?;
+    tokio::spawn(Registry::watch_memory(Arc::downgrade(&registry)));
     let app = App { registry: Arc::clone(&registry), access_token: args.access_token.as_str().into() };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

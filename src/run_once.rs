@@ -109,7 +109,7 @@ fn supervise(
     loop {
         match sandbox.next_exit() {
             Exit::Program(of, status) if of == id => return Ok(status.shell_code()),
-            Exit::Program(..) => continue,
+            Exit::Program(..) | Exit::Busy => continue,
             Exit::Sandbox => anyhow::bail!("the sandbox died"),
             Exit::None => {}
         }

@@ -1,12 +1,11 @@
 //! Failures as HTTP answers; the only file that knows status codes of failures.
 
 use crate::sandbox::launch::LaunchError;
-use crate::session::ShellError;
 use crate::session::options::OptionError;
 use crate::session::prepare::PrepareError;
 use crate::session::registry::{CreateError, DeleteError};
-use crate::session::run::RunId;
 use crate::session::session::{RunRefused, SessionId};
+use crate::session::{BackgroundError, ShellError};
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -31,11 +30,14 @@ pub enum ApiError {
     #[error("isolated session {0} not found")]
     NoSession(String),
     /// There is no such run.
-    #[error("run {} not found", .0.0)]
-    NoRun(RunId),
-    /// Not built yet.
-    #[error("{0} is not supported yet")]
-    NotYet(&'static str),
+    #[error("run {0} not found")]
+    NoRun(String),
+    /// The run has no log.
+    #[error("a foreground run has no log; its events are at …/events")]
+    NoLog,
+    /// The log cannot be read.
+    #[error("read the log")]
+    Log(#[source] std::io::Error),
     /// A session could not be created.
     #[error(transparent)]
     Create(#[from] CreateError),
@@ -45,6 +47,9 @@ pub enum ApiError {
     /// A run was not taken.
     #[error(transparent)]
     Run(#[from] RunRefused),
+    /// A background run was not started.
+    #[error(transparent)]
+    Background(#[from] BackgroundError),
 }
 
 impl ApiError {
@@ -64,7 +69,8 @@ impl ApiError {
             Self::Option(error) if error.field == "profile" => (StatusCode::BAD_REQUEST, "RUNTIME_ERROR"),
             Self::Option(_) => INVALID,
             Self::NoSession(_) | Self::NoRun(_) => NOT_FOUND,
-            Self::NotYet(_) => NOT_SUPPORTED,
+            Self::NoLog => INVALID,
+            Self::Log(_) => FAILED,
             Self::Create(error) => match error {
                 CreateError::Unavailable(_) => UNAVAILABLE,
                 CreateError::NotSupported(_) => NOT_SUPPORTED,
@@ -94,6 +100,9 @@ impl ApiError {
             Self::Delete(_, DeleteError::Stuck) => FAILED,
             Self::Run(RunRefused::TooMany(_)) => TOO_MANY,
             Self::Run(RunRefused::Dead(_)) => NOT_FOUND,
+            Self::Background(BackgroundError::TooMany(_)) => TOO_MANY,
+            Self::Background(BackgroundError::Dead(_)) => NOT_FOUND,
+            Self::Background(BackgroundError::Launch(_) | BackgroundError::Io(_)) => FAILED,
         }
     }
 }

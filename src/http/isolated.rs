@@ -1,21 +1,16 @@
 //! The routes of isolated sessions, `/v1/isolated/…`.
 
 use super::App;
-use super::dto::{
-    CapabilitiesResponse, CreateRequest, CreateResponse, ListResponse, RunRequest, StateResponse,
-};
+use super::dto::{CapabilitiesResponse, CreateRequest, CreateResponse, ListResponse, StateResponse};
 use super::error::ApiError;
-use super::events;
 use super::json::Json;
-use crate::session::run::RunId;
-use crate::session::session::{RunRefused, Session, SessionId};
+use crate::session::session::{Session, SessionId};
 use axum::Router;
-use axum::extract::{FromRequest, Path, Request, State};
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use std::sync::Arc;
-use std::time::Duration;
 use uuid::Uuid;
 
 /// All of them.
@@ -25,7 +20,6 @@ pub fn routes() -> Router<App> {
         .route("/v1/isolated/sessions", get(list))
         .route("/v1/isolated/session", post(create))
         .route("/v1/isolated/session/{id}", get(show).delete(delete))
-        .route("/v1/isolated/session/{id}/run", post(run))
 }
 
 async fn capabilities(State(app): State<App>) -> impl IntoResponse {
@@ -57,26 +51,11 @@ async fn delete(State(app): State<App>, Path(id): Path<String>) -> Result<Status
     Ok(StatusCode::OK)
 }
 
-async fn run(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
-    // Whether there is such a session comes first, whatever the body is like.
-    let session = find(&app, &id)?;
-    let Json(request) = Json::<RunRequest>::from_request(request, &app).await?;
-    if request.background == Some(true) {
-        return Err(ApiError::NotYet("a background run"));
-    }
-    let partial_output = request.partial_output == Some(true);
-    let ping_interval = Duration::from_secs(app.registry.foundation().config.http.ping_interval_seconds);
-    match session.run(request.spec()?) {
-        Ok(events) => Ok(events::respond(RunId(Uuid::new_v4()), events, partial_output, ping_interval).await),
-        Err(error @ RunRefused::Dead(_)) => Ok(events::respond_dead(&error.to_string())),
-        Err(error @ RunRefused::TooMany(_)) => Err(error.into()),
-    }
-}
-
 fn session_id(id: &str) -> Result<SessionId, ApiError> {
     Uuid::parse_str(id).map(SessionId).map_err(|_| ApiError::NoSession(id.to_owned()))
 }
 
-fn find(app: &App, id: &str) -> Result<Arc<Session>, ApiError> {
+/// The session of that name.
+pub(super) fn find(app: &App, id: &str) -> Result<Arc<Session>, ApiError> {
     app.registry.get(session_id(id)?).ok_or_else(|| ApiError::NoSession(id.to_owned()))
 }

@@ -1,7 +1,7 @@
 //! The HTTP side: extract, validate, call, render. Nothing here that a command line tool would need.
 //!
 //! [`server`] accepts connections, [`auth`] and [`trace`] wrap every route, [`isolated`] has the routes of
-//! isolated sessions, [`dto`] their bodies, [`events`] the stream of a run. [`error`] is the only place that
+//! isolated sessions, [`runs`] those of their runs, [`dto`] their bodies, [`events`] the stream of a run. [`error`] is the only place that
 //! knows which failure is which status.
 
 pub mod auth;
@@ -10,6 +10,7 @@ pub mod error;
 pub mod events;
 pub mod isolated;
 pub mod json;
+pub mod runs;
 pub mod server;
 pub mod trace;
 
@@ -34,6 +35,7 @@ pub struct App {
 pub fn router(app: App) -> Router {
     Router::new()
         .merge(isolated::routes())
+        .merge(runs::routes())
         .layer(from_fn_with_state(app.clone(), auth::require_token))
         // Whoever waits for execd to come up has no token yet.
         .route("/ping", get(ping))

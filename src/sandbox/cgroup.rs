@@ -8,17 +8,23 @@
 //! <execd's cgroup>/execd-<pid>      held by flock(2) as long as this execd lives
 //!     <session id>/                 its init
 //!         0/ 1/ …                   leaves: the shell, and runs that left processes behind
+//!         run-<id>/                 a background run
 //! ```
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, Dir, FlockOperation, Mode, OFlags, flock, mkdirat, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Processes leave a cgroup a moment after they are seen dead; how long to wait for that.
 const EMPTY_WAIT_MAX: Duration = Duration::from_secs(2);
+/// The beginning of a cpu.stat, which is where the times are; bytes.
+const CPU_STAT_BYTES_MAX: usize = 256;
 const INSTANCE_PREFIX: &str = "execd-";
 
 /// This execd's part of the cgroup tree.
@@ -35,6 +41,17 @@ pub struct Cgroup {
     parent: OwnedFd,
     dir: OwnedFd,
     name: String,
+    /// Opened when it is first asked for.
+    cpu_stat: OnceLock<File>,
+}
+
+/// CPU time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuTime {
+    /// In programs.
+    pub user: Duration,
+    /// In the kernel.
+    pub system: Duration,
 }
 
 impl CgroupTree {
@@ -71,15 +88,15 @@ impl Drop for CgroupTree {
 impl Cgroup {
     fn create(parent: &OwnedFd, name: &str) -> io::Result<Self> {
         let dir = make_dir(parent, name)?;
-        Ok(Self { parent: parent.try_clone()?, dir, name: name.to_owned() })
+        Ok(Self { parent: parent.try_clone()?, dir, name: name.to_owned(), cpu_stat: OnceLock::new() })
     }
 
     /// A leaf below this directory.
     ///
     /// # Errors
     /// Those of mkdir(2).
-    pub fn leaf(&self, number: u32) -> io::Result<Cgroup> {
-        Cgroup::create(&self.dir, &number.to_string())
+    pub fn leaf(&self, name: &str) -> io::Result<Cgroup> {
+        Cgroup::create(&self.dir, name)
     }
 
     /// The processes in it, as the daemon numbers them.
@@ -88,8 +105,30 @@ impl Cgroup {
     /// `ENODEV` when it has been removed.
     pub fn processes(&self) -> io::Result<Vec<i32>> {
         let mut text = String::new();
-        std::fs::File::from(self.open("cgroup.procs", OFlags::RDONLY)?).read_to_string(&mut text)?;
+        File::from(self.open("cgroup.procs", OFlags::RDONLY)?).read_to_string(&mut text)?;
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+    }
+
+    /// The CPU time of all processes that were ever in it (cpu.stat, which needs no controller; kernel 4.15).
+    ///
+    /// # Errors
+    /// `ENODEV` when it has been removed.
+    pub fn cpu_time(&self) -> io::Result<CpuTime> {
+        let file = match self.cpu_stat.get() {
+            Some(file) => file,
+            None => {
+                let file = self.open("cpu.stat", OFlags::RDONLY)?.into();
+                self.cpu_stat.get_or_init(|| file)
+            }
+        };
+        let mut text = [0; CPU_STAT_BYTES_MAX];
+        let length = file.read_at(&mut text, 0)?;
+        let text = String::from_utf8_lossy(text.get(..length).unwrap_or_default());
+        let micros = |name: &str| {
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+            Duration::from_micros(value.unwrap_or(0))
+        };
+        Ok(CpuTime { user: micros("user_usec "), system: micros("system_usec ") })
     }
 
     /// Moves a process here.
@@ -128,7 +167,7 @@ impl Cgroup {
     }
 
     fn write(&self, file: &str, text: &str) -> io::Result<()> {
-        std::fs::File::from(self.open(file, OFlags::WRONLY)?).write_all(text.as_bytes())
+        File::from(self.open(file, OFlags::WRONLY)?).write_all(text.as_bytes())
     }
 }
 

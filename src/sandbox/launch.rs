@@ -16,7 +16,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::Signal;
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// How long init may take for its mounts, or for one program; a hung network file system below a workspace
@@ -134,6 +134,8 @@ pub enum Exit {
     Sandbox,
     /// Nothing new.
     None,
+    /// Another thread talks to init; what that learns about ends can be asked for afterwards.
+    Busy,
 }
 
 impl Sandbox {
@@ -272,7 +274,11 @@ impl Sandbox {
 
     /// The next end of a program, without waiting. Readiness shows on the descriptor of [`AsFd`].
     pub fn next_exit(&self) -> Exit {
-        let mut state = self.state();
+        let mut state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(state)) => state.into_inner(),
+            Err(TryLockError::WouldBlock) => return Exit::Busy,
+        };
         if let Some((id, status)) = state.exits.pop_front() {
             return Exit::Program(id, status);
         }
@@ -297,7 +303,7 @@ impl Sandbox {
         loop {
             match self.next_exit() {
                 Exit::Program(of, status) if of == id => return Ok(status),
-                Exit::Program(..) => {}
+                Exit::Program(..) | Exit::Busy => {}
                 Exit::Sandbox => return Err(LaunchError::InitLost),
                 Exit::None => wait_readable(self.channel.as_fd(), deadline)?,
             }

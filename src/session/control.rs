@@ -60,7 +60,8 @@ impl ControlDir {
         Ok(openat(&self.dir, name, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?)
     }
 
-    fn remove(&self, name: &str) -> io::Result<()> {
+    /// Removes a file; one that is not there is fine.
+    pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.dir, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.into()),

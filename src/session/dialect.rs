@@ -103,9 +103,7 @@ impl Dialect {
             ));
         }
         let state = ControlDir::path(name::STATE);
-        script.push_str(&format!(
-            "trap '{{ {builtin} pwd -P;{builtin} export -p;{builtin} echo {STATE_END};}} >{state}' EXIT\n"
-        ));
+        script.push_str(&format!("trap '{}>{state}' EXIT\n", self.state_group()));
         if let Some(carried) = carried {
             script.push_str(&carried.exports);
             script.push_str(&format!("{builtin} cd {}\n", quote(&carried.cwd)));
@@ -132,6 +130,51 @@ impl Dialect {
         let builtin = self.run_builtin();
         let (boot, status) = (ControlDir::path(name::BOOT), ControlDir::path(name::STATUS));
         format!("{builtin} . {boot};{builtin} echo {token} \"$?\" >{status}\n\n")
+    }
+
+    /// A line that tells where the shell is, as it would tell its successor, and reports. Fails in nothing that could
+    /// end a shell under `set -e`.
+    pub(super) fn ask_line(self, token: &str) -> String {
+        let builtin = self.run_builtin();
+        let (state, status) = (ControlDir::path(name::STATE), ControlDir::path(name::STATUS));
+        format!("{}>{state}||{builtin} :;{builtin} echo {token} 0 >{status}\n\n", self.state_group())
+    }
+
+    /// What prints the state of a shell.
+    fn state_group(self) -> String {
+        let builtin = self.run_builtin();
+        format!("{{ {builtin} pwd -P;{builtin} export -p;{builtin} echo {STATE_END};}} ")
+    }
+
+    /// What the shell of a background run reads: it becomes like the session's shell, and then runs the code.
+    pub(super) fn background_script(
+        self,
+        state: Option<&Carried>,
+        envs: &[(String, String)],
+        code: &str,
+    ) -> String {
+        let builtin = self.run_builtin();
+        let mut script = String::new();
+        if let Some(state) = state {
+            script.push_str(&state.exports);
+            script.push_str(&format!("{builtin} cd {}\n", quote(&state.cwd)));
+        }
+        for (name, value) in envs {
+            script.push_str(&format!("{builtin} export {name}={}\n", quote(value)));
+        }
+        script.push_str(&format!("{builtin} . {}\n", ControlDir::path(code)));
+        script
+    }
+
+    /// The commands to try for a shell of this family that reads `script` and ends.
+    pub(super) fn background_commands(self, script: &str) -> Vec<Command> {
+        let line = format!("{} . {}", self.run_builtin(), ControlDir::path(script));
+        let of_family = SHELLS.iter().zip(commands()).filter(|((_, dialect), _)| *dialect == self);
+        let with_line = of_family.map(|(_, mut command)| {
+            command.argv.extend([c"-c".into(), CString::new(line.as_str()).unwrap_or_default()]);
+            command
+        });
+        with_line.collect()
     }
 
     /// A line that does nothing but report.
@@ -195,6 +238,20 @@ mod tests {
              2>/run/execd/e;\\builtin echo tok \"$?\" >/run/execd/s\n\n"
         );
         assert!(Dialect::Posix.run_line("t", &[]).starts_with("\\command . "));
+    }
+
+    #[test]
+    fn a_background_shell_becomes_like_the_sessions() {
+        let state = Carried { cwd: "/a b".into(), exports: "declare -x A=\"1\"\n".into() };
+        let envs = vec![("B".to_owned(), "it's".to_owned())];
+        let script = Dialect::Bash.background_script(Some(&state), &envs, "c-1");
+        assert_eq!(
+            script,
+            "declare -x A=\"1\"\n\\builtin cd '/a b'\n\\builtin export B='it'\\''s'\n\\builtin . /run/execd/c-1\n"
+        );
+        let commands = Dialect::Posix.background_commands("p-1");
+        assert_eq!(commands[0].argv, [c"sh", c"-c", c"\\command . /run/execd/p-1"].map(CString::from));
+        assert_eq!(commands.len(), 3);
     }
 
     #[test]

@@ -8,9 +8,14 @@
 //! The shell protocol lies in three modules: `dialect` is what is said, `shell_io` the descriptors it is
 //! said through, `shell` who says it when. `control` is the directory both sides share.
 
+mod background;
 mod control;
 pub mod dialect;
+pub mod journal;
 pub mod launchpad;
+mod lines;
+pub mod log;
+mod oom;
 pub mod options;
 pub mod prepare;
 pub mod probe;
@@ -24,4 +29,5 @@ mod spares;
 pub mod state;
 mod task;
 
+pub use background::BackgroundError;
 pub use shell::ShellError;

@@ -1,9 +1,12 @@
 //! All sessions of this execd.
 
+use super::background::Background;
 use super::launchpad::{Launched, Launchpad};
+use super::oom::{self, OomWatch};
 use super::options::SessionOptions;
 use super::prepare::{Foundation, PrepareError, Prepared, prepare};
 use super::probe::Report;
+use super::run::Runs;
 use super::session::{Life, Session, SessionId};
 use super::shell::ShellError;
 use super::spares::Spares;
@@ -14,7 +17,7 @@ use crate::session::options::UidMode;
 use crate::session::probe::Feature;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -33,6 +36,7 @@ pub struct Registry {
     sessions: Mutex<HashMap<SessionId, Entry>>,
     /// Sessions that exist or are being created.
     taken: AtomicUsize,
+    oom: OomWatch,
 }
 
 #[derive(Debug, Clone)]
@@ -104,7 +108,21 @@ impl Registry {
             report,
             sessions: Mutex::default(),
             taken: AtomicUsize::new(0),
+            oom: OomWatch::default(),
         }))
+    }
+
+    /// Looks now and then whether the kernel kills for lack of memory; ends with the registry.
+    pub async fn watch_memory(registry: Weak<Self>) {
+        while let Some(registry) = registry.upgrade() {
+            registry.oom.look();
+            drop(registry);
+            tokio::time::sleep(oom::LOOK_INTERVAL).await;
+        }
+    }
+
+    pub(super) fn oom_struck_since(&self, then: std::time::Instant) -> bool {
+        self.oom.struck_since(then)
     }
 
     /// What this machine can do.
@@ -263,7 +281,8 @@ impl Registry {
         let Built { launched: Launched { mut shell, resources, generation, .. }, effective } = built;
         shell.io = shell.io.register()?;
         let config = self.foundation.config.session.clone();
-        let (runs, run_receiver) = mpsc::channel(config.waiting_runs_max);
+        let (queue, queue_receiver) = mpsc::channel(config.waiting_runs_max);
+        let (asks, asks_receiver) = mpsc::channel(1);
         let (stop, stop_receiver) = watch::channel(false);
         let (alive, gone) = watch::channel(());
         let now = SystemTime::now();
@@ -275,7 +294,10 @@ impl Registry {
             created_at: now,
             registry: Arc::downgrade(self),
             launcher_generation: generation,
-            runs,
+            runs: Runs::default(),
+            run_buffer_bytes_max: config.run_buffer_max_bytes,
+            queue,
+            background: Background::new(shell.inside(), asks),
             stop,
             life: Mutex::new(life),
         });
@@ -285,8 +307,11 @@ impl Registry {
             options: effective,
             shell: Some(shell),
             resources: Some(resources),
-            runs: run_receiver,
+            queue: queue_receiver,
+            asks: asks_receiver,
             stop: stop_receiver,
+            known: None,
+            ask_at: None,
         };
         self.sessions().insert(id, Entry { session: Arc::clone(&session), gone });
         tokio::spawn(async move {

@@ -1,8 +1,9 @@
 //! A session as everybody but its own task sees it.
 
+use super::background::Background;
 use super::options::SessionOptions;
 use super::registry::Registry;
-use super::run::{EVENTS_MAX, Run, RunEvent, RunSpec};
+use super::run::{Attachment, End, Queued, Run, RunSpec, Runs};
 use super::state::State;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
@@ -33,7 +34,12 @@ pub struct Session {
     pub(super) registry: Weak<Registry>,
     /// The launcher it was forked by.
     pub(super) launcher_generation: u64,
-    pub(super) runs: mpsc::Sender<Run>,
+    /// The runs it knows of.
+    pub runs: Runs,
+    /// What output of a run is kept for those who read it later; bytes.
+    pub(super) run_buffer_bytes_max: usize,
+    pub(super) queue: mpsc::Sender<Queued>,
+    pub(super) background: Background,
     pub(super) stop: watch::Sender<bool>,
     pub(super) life: Mutex<Life>,
 }
@@ -45,6 +51,9 @@ pub(super) struct Life {
     pub(super) idle_since: Instant,
     pub(super) running: bool,
 }
+
+/// What a shell says of a command that SIGKILL ended.
+const KILLED_STATUS: i32 = 128 + 9;
 
 /// Why a run is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -58,15 +67,19 @@ pub enum RunRefused {
 }
 
 impl Session {
-    /// Queues a run. Its events arrive on the receiver; dropping that stops it.
+    /// Queues a run. Its events are read from what is returned; dropping that stops it, unless it is to go on.
     ///
     /// # Errors
     /// See [`RunRefused`].
-    pub fn run(&self, spec: RunSpec) -> Result<mpsc::Receiver<RunEvent>, RunRefused> {
-        let (events, receiver) = mpsc::channel(EVENTS_MAX);
-        match self.runs.try_send(Run { spec, events }) {
-            Ok(()) => Ok(receiver),
-            Err(mpsc::error::TrySendError::Full(_)) => Err(RunRefused::TooMany(self.runs.max_capacity())),
+    pub fn run(&self, spec: RunSpec) -> Result<Attachment, RunRefused> {
+        let run = Run::foreground(&spec, self.run_buffer_bytes_max);
+        let attachment = run.attach(0);
+        match self.queue.try_send(Queued { spec, run: std::sync::Arc::clone(&run) }) {
+            Ok(()) => {
+                self.runs.add(run, self.run_buffer_bytes_max);
+                Ok(attachment)
+            }
+            Err(mpsc::error::TrySendError::Full(_)) => Err(RunRefused::TooMany(self.queue.max_capacity())),
             Err(mpsc::error::TrySendError::Closed(_)) => Err(RunRefused::Dead(self.reason())),
         }
     }
@@ -85,11 +98,12 @@ impl Session {
     pub fn idle_remaining_seconds(&self) -> Option<u64> {
         let timeout = self.options.idle_timeout?;
         let life = self.life();
-        let idle = if life.running { std::time::Duration::ZERO } else { life.idle_since.elapsed() };
+        let busy = life.running || self.runs.background_running() > 0;
+        let idle = if busy { std::time::Duration::ZERO } else { life.idle_since.elapsed() };
         Some(timeout.saturating_sub(idle).as_secs())
     }
 
-    fn reason(&self) -> String {
+    pub(super) fn reason(&self) -> String {
         match self.state() {
             State::Dead { reason } => reason,
             State::Active | State::Destroyed => "it is being deleted".into(),
@@ -128,6 +142,26 @@ impl Session {
 
     pub(super) fn idle_since(&self) -> Instant {
         self.life().idle_since
+    }
+
+    /// A background run has ended, and with it the session's busyness.
+    pub(super) fn background_ended(&self) {
+        let mut life = self.life();
+        life.last_run_at = SystemTime::now();
+        life.idle_since = Instant::now();
+        drop(life);
+        self.background.attention.notify_one();
+    }
+
+    /// Names the lack of memory as the cause, where that is what a run ended of.
+    pub(super) fn with_cause(&self, end: End, began: std::time::Instant) -> End {
+        let killed = match end {
+            End::Status(code) => code == KILLED_STATUS,
+            End::ShellEnded(status) | End::Exited(status) => status.shell_code() == KILLED_STATUS,
+            _ => false,
+        };
+        let struck = || self.registry.upgrade().is_some_and(|registry| registry.oom_struck_since(began));
+        if killed && struck() { End::OutOfMemory(KILLED_STATUS) } else { end }
     }
 
     /// What to say when the sandbox is suddenly gone.

@@ -13,10 +13,11 @@
 //! leaf and the shell moves on to a new one, so a later kill never hits them. Where there is no cgroup tree,
 //! the shell's descendants stand in for the leaf, which is not exact.
 
+use super::background::Inside;
 use super::control::ControlDir;
 use super::dialect::{self, Carried, Dialect, INTERRUPT_SIGNAL, name};
 use super::shell_io::ShellIo;
-use crate::sandbox::cgroup::Cgroup;
+use crate::sandbox::cgroup::{Cgroup, CpuTime};
 use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox, Started};
 use crate::sandbox::launcher::Launcher;
 use crate::sandbox::spec::SandboxSpec;
@@ -33,6 +34,8 @@ use std::time::{Duration, Instant};
 const SIGINT: i32 = 2;
 const SIGKILL: i32 = 9;
 const SIGCONT: i32 = 18;
+/// Between two looks at an init that another thread talks to.
+const BUSY_WAIT: Duration = Duration::from_millis(5);
 /// What is kept of a shell's own complaints, for a message.
 const DIAGNOSTICS_BYTES_MAX: usize = 1024;
 
@@ -46,6 +49,11 @@ pub(super) struct Shell {
     leaves: u32,
     /// The leaf of a run that was killed.
     killed: Option<Cgroup>,
+    /// How programs other than the shell have ended.
+    others_ended: Vec<(u32, ExitStatus)>,
+    /// CPU time of the present leaf that is accounted for, and time of this run in leaves before it.
+    cpu_seen: CpuTime,
+    cpu_before: CpuTime,
 }
 
 #[derive(Debug)]
@@ -145,7 +153,7 @@ impl Shell {
         answer_max: Duration,
     ) -> Result<(Self, Arc<Sandbox>, Timings), ShellError> {
         let streams = Streams::new()?;
-        let leaf = cgroup.as_ref().map(|cgroup| cgroup.leaf(0)).transpose()?;
+        let leaf = cgroup.as_ref().map(|cgroup| cgroup.leaf("0")).transpose()?;
         let start = ProgramStart {
             commands: dialect::commands(),
             streams: streams.borrow(),
@@ -165,7 +173,17 @@ impl Shell {
         let io = ShellIo::new(ControlDir::new(control)?, (*sandbox).as_fd())?;
         let Streams { script, diagnostics, .. } = streams;
         let process = Process::new(started, leaf, diagnostics)?;
-        let mut shell = Self { sandbox: Arc::clone(&sandbox), io, process, cgroup, leaves: 1, killed: None };
+        let mut shell = Self {
+            sandbox: Arc::clone(&sandbox),
+            io,
+            process,
+            cgroup,
+            leaves: 1,
+            killed: None,
+            others_ended: Vec::new(),
+            cpu_seen: CpuTime::default(),
+            cpu_before: CpuTime::default(),
+        };
         shell.boot(script, None, answer_max)?;
         let ready_us = began.elapsed().as_micros() as u32;
         Ok((shell, sandbox, Timings { ready_us, ..timings }))
@@ -207,13 +225,18 @@ impl Shell {
         let boot = self.process.dialect.boot_script(carried);
         self.io.attach(script)?;
         // What is carried over may fail in part, as in a folder that is gone.
-        self.read(&boot, answer_max).map(drop)
+        self.read(&boot, answer_max).map(drop)?;
+        self.cpu_before = CpuTime::default();
+        self.note_cpu();
+        Ok(())
     }
 
     /// Makes a shell that was started before its session was known one of that session. Blocks.
     pub(super) fn settle(&mut self, cwd: &Path, answer_max: Duration) -> Result<(), ShellError> {
         let Some(folder) = cwd.to_str() else { return Err(ShellError::Folder(cwd.into())) };
-        match self.read(&self.process.dialect.settle_script(folder), answer_max)? {
+        let status = self.read(&self.process.dialect.settle_script(folder), answer_max)?;
+        self.note_cpu();
+        match status {
             0 => Ok(()),
             _ => Err(ShellError::Folder(cwd.into())),
         }
@@ -241,7 +264,9 @@ impl Shell {
                     diagnostics: self.process.complaints(),
                 });
             }
-            self.io.wait_blocking(left)?;
+            // Nobody rings here when another thread has learnt of an end.
+            let wait = if self.io.sandbox_spoke { left.min(BUSY_WAIT) } else { left };
+            self.io.wait_blocking(wait)?;
         }
     }
 
@@ -270,9 +295,11 @@ impl Shell {
         while self.io.sandbox_spoke {
             match self.sandbox.next_exit() {
                 Exit::Program(id, status) if id == self.process.id => self.process.ended = Some(status),
-                Exit::Program(..) => {}
+                Exit::Program(id, status) => self.others_ended.push((id, status)),
                 Exit::Sandbox => return Some(Sign::SandboxGone),
                 Exit::None => self.io.sandbox_spoke = false,
+                // Asked again when that is over.
+                Exit::Busy => break,
             }
         }
         if let Some(status) = self.process.ended {
@@ -340,6 +367,61 @@ impl Shell {
         self.killed.as_ref().is_none_or(|leaf| leaf.processes().is_ok_and(|left| left.is_empty()))
     }
 
+    /// The CPU time of the present run, or since the last one; `None` without a cgroup.
+    fn cpu_time(&self) -> Option<CpuTime> {
+        let now = self.process.leaf.as_ref()?.cpu_time().ok()?;
+        Some(CpuTime {
+            user: self.cpu_before.user + now.user.saturating_sub(self.cpu_seen.user),
+            system: self.cpu_before.system + now.system.saturating_sub(self.cpu_seen.system),
+        })
+    }
+
+    /// The CPU time of a run that has just ended; what comes now is the next one's.
+    pub(super) fn take_cpu_time(&mut self) -> Option<CpuTime> {
+        let taken = self.cpu_time();
+        if let Some(CpuTime { user, system }) = taken {
+            self.cpu_seen.user += user.saturating_sub(self.cpu_before.user);
+            self.cpu_seen.system += system.saturating_sub(self.cpu_before.system);
+        }
+        self.cpu_before = CpuTime::default();
+        taken
+    }
+
+    /// What the shell has used until now is no run's.
+    pub(super) fn note_cpu(&mut self) {
+        self.cpu_seen = CpuTime::default();
+        self.take_cpu_time();
+    }
+
+    /// How programs that are not the shell have ended since this was last asked.
+    pub(super) fn take_others_ended(&mut self) -> Vec<(u32, ExitStatus)> {
+        std::mem::take(&mut self.others_ended)
+    }
+
+    /// What is needed to start programs beside the shell.
+    pub(super) fn inside(&self) -> Inside {
+        Inside {
+            sandbox: Arc::clone(&self.sandbox),
+            control: Arc::clone(self.io.control()),
+            cgroup: self.cgroup.clone(),
+            dialect: self.process.dialect,
+        }
+    }
+
+    /// Asks the idle shell where it is, and returns the token of its answer.
+    pub(super) fn begin_ask(&mut self) -> String {
+        self.io.take_state();
+        let token = token();
+        let line = self.process.dialect.ask_line(&token);
+        self.io.send(&line);
+        token
+    }
+
+    /// What it has answered.
+    pub(super) fn asked(&mut self) -> Option<Carried> {
+        Carried::parse(&self.io.take_state())
+    }
+
     /// Has the shell do nothing and report; the token of that. bash mentions children that were killed at its
     /// next command, and this way not in the output of the next run.
     pub(super) fn begin_nothing(&mut self) -> String {
@@ -371,7 +453,7 @@ impl Shell {
     fn new_leaf(&mut self) -> io::Result<Option<Cgroup>> {
         let number = self.leaves;
         self.leaves += 1;
-        self.cgroup.as_ref().map(|cgroup| cgroup.leaf(number)).transpose()
+        self.cgroup.as_ref().map(|cgroup| cgroup.leaf(&number.to_string())).transpose()
     }
 
     fn move_shell_out(&mut self) -> io::Result<()> {
@@ -382,7 +464,11 @@ impl Shell {
     fn move_shell_out_keeping(&mut self) -> io::Result<Option<Cgroup>> {
         let Some(leaf) = self.new_leaf()? else { return Ok(None) };
         match leaf.adopt(self.process.pid) {
-            Ok(()) => Ok(self.process.leaf.replace(leaf)),
+            Ok(()) => {
+                self.cpu_before = self.cpu_time().unwrap_or_default();
+                self.cpu_seen = CpuTime::default();
+                Ok(self.process.leaf.replace(leaf))
+            }
             // The shell is dead, and a leaf without it is what was wanted.
             Err(error) if error.raw_os_error() == Some(3) => Ok(self.process.leaf.take()),
             Err(error) => Err(error),

@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 
@@ -51,7 +52,7 @@ struct Output {
 /// All descriptors of one session's shell.
 #[derive(Debug)]
 pub(super) struct ShellIo {
-    control: ControlDir,
+    control: Arc<ControlDir>,
     out: Output,
     err: Output,
     status: OwnedFd,
@@ -108,7 +109,7 @@ impl ShellIo {
         }
         control.put(name::INPUT, b"")?;
         Ok(Self {
-            control,
+            control: Arc::new(control),
             out: Output { fd: out, readable: false },
             err: Output { fd: err, readable: false },
             status,
@@ -136,7 +137,7 @@ impl ShellIo {
     }
 
     /// Files of the control directory.
-    pub(super) fn control(&self) -> &ControlDir {
+    pub(super) fn control(&self) -> &Arc<ControlDir> {
         &self.control
     }
 

@@ -1,8 +1,10 @@
 //! The task that owns a session: it alone talks to the shell. Everybody else sends it runs, or tells it to
 //! stop.
 
+use super::background::Ask;
+use super::dialect::Carried;
 use super::options::SessionOptions;
-use super::run::{End, Report, Run, RunEvent, RunSpec};
+use super::run::{End, Queued, Report, Run, RunSpec};
 use super::session::Session;
 use super::shell::{Shell, ShellError, Sign};
 use super::shell_io::ShellIo;
@@ -21,13 +23,18 @@ const DESTROY_MAX: Duration = Duration::from_secs(10);
 /// How long a dead session stays listed.
 const DEAD_KEPT: Duration = Duration::from_secs(60);
 /// How long a shell may take to report once the processes of its run are killed.
-const REPORT_AFTER_KILL_MAX: Duration = Duration::from_millis(100);
+const REPORT_AFTER_KILL_MAX: Duration = Duration::from_millis(15);
 /// How long a shell may take to note that the processes of its run are gone; there may be thousands.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at whether killed processes are gone.
 const GONE_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// How long a run has to last before it is noticed that its shell may be lost.
 const PROMPT_WATCH_DELAY: Duration = Duration::from_millis(2);
+/// How long a session has to be idle before its shell is asked where it is, so that a background run that is asked for
+/// during a later run knows. In a row of runs nothing is asked.
+const ASK_DELAY: Duration = Duration::from_millis(20);
+/// How long a shell may take to say where it is.
+const ASK_MAX: Duration = Duration::from_secs(1);
 /// For a deadline that is none.
 const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -59,14 +66,23 @@ pub(super) struct Task {
     pub(super) options: SessionOptions,
     pub(super) shell: Option<Shell>,
     pub(super) resources: Option<Resources>,
-    pub(super) runs: mpsc::Receiver<Run>,
+    pub(super) queue: mpsc::Receiver<Queued>,
+    pub(super) asks: mpsc::Receiver<Ask>,
     pub(super) stop: watch::Receiver<bool>,
+    /// Where the shell was when it was last asked.
+    pub(super) known: Option<Carried>,
+    /// When it is to be asked next.
+    pub(super) ask_at: Option<Instant>,
 }
 
 /// What the task turns to next.
 enum Next {
-    Run(Run),
+    Run(Queued),
+    Ask(Ask),
+    AskYourself,
     Attend(io::Result<()>),
+    /// Programs may have ended.
+    Look,
     Expire,
     End,
 }
@@ -106,6 +122,8 @@ impl Task {
     /// Lives as long as the session does.
     pub(super) async fn live(mut self) {
         let reason = self.serve().await;
+        // Whoever sees it dead is told why by the next run, too.
+        self.queue.close();
         if let Some(reason) = reason {
             tracing::warn!(session = %self.session.id, reason, "session died");
             self.session.die(reason);
@@ -125,19 +143,37 @@ impl Task {
     async fn serve(&mut self) -> Option<String> {
         loop {
             let idle_until = self.idle_deadline();
+            let ask_at = self.ask_at;
             let Some(shell) = &mut self.shell else { return Some("it has no shell".into()) };
             let next = tokio::select! {
                 biased;
                 () = told_to(&mut self.stop) => Next::End,
-                run = self.runs.recv() => run.map_or(Next::End, Next::Run),
+                queued = self.queue.recv() => queued.map_or(Next::End, Next::Run),
+                Some(ask) = self.asks.recv() => Next::Ask(ask),
                 waited = shell.io.wait() => Next::Attend(waited),
+                () = self.session.background.attention.notified() => Next::Look,
+                () = sleep_until(ask_at.unwrap_or(idle_until)), if ask_at.is_some() => Next::AskYourself,
                 () = sleep_until(idle_until) => Next::Expire,
             };
             let failed = match next {
                 Next::End => return None,
-                Next::Run(run) => self.run(run).await.err(),
+                Next::Run(queued) => self.run(queued).await.err(),
+                Next::Ask(ask) => {
+                    self.ask_shell().await;
+                    let _ = ask.send(self.known.clone());
+                    None
+                }
+                Next::AskYourself => {
+                    self.ask_shell().await;
+                    None
+                }
                 Next::Attend(Ok(())) => self.attend().await,
+                Next::Look => {
+                    shell.io.sandbox_spoke = true;
+                    self.attend().await
+                }
                 Next::Attend(Err(error)) => Some(format!("its descriptors failed: {error}")),
+                Next::Expire if self.session.runs.background_running() > 0 => None,
                 Next::Expire => {
                     tracing::info!(session = %self.session.id, "session idle for too long");
                     self.session.stop();
@@ -151,12 +187,18 @@ impl Task {
     }
 
     fn idle_deadline(&self) -> Instant {
+        if self.session.runs.background_running() > 0 {
+            return Instant::now() + FAR;
+        }
         self.session.idle_since() + self.options.idle_timeout.unwrap_or(FAR)
     }
 
     /// Reacts to something that happened while nothing ran.
     async fn attend(&mut self) -> Option<String> {
-        match self.shell.as_mut()?.idle_sign()? {
+        let shell = self.shell.as_mut()?;
+        let sign = shell.idle_sign();
+        tell_ends(shell, &self.session);
+        match sign? {
             Sign::SandboxGone => Some(self.session.why_gone()),
             Sign::Ended(status) => {
                 tracing::info!(session = %self.session.id, ?status, "the idle shell ended; replacing it");
@@ -166,29 +208,68 @@ impl Task {
         }
     }
 
+    /// Has the idle shell say where it is.
+    async fn ask_shell(&mut self) {
+        self.ask_at = None;
+        let Some(shell) = &mut self.shell else { return };
+        let token = shell.begin_ask();
+        let deadline = Instant::now() + ASK_MAX;
+        while shell.sign(&token).is_none() {
+            if !matches!(tokio::time::timeout_at(deadline, shell.io.wait()).await, Ok(Ok(()))) {
+                break;
+            }
+        }
+        tell_ends(shell, &self.session);
+        if let Some(known) = shell.asked() {
+            self.known = Some(known);
+        }
+        shell.note_cpu();
+    }
+
     /// One run, from code to report. An error means the session cannot go on.
-    async fn run(&mut self, run: Run) -> Result<(), String> {
-        let Run { spec, events } = run;
-        if events.is_closed() {
+    async fn run(&mut self, queued: Queued) -> Result<(), String> {
+        let Queued { spec, run } = &queued;
+        if run.is_cancelled() {
+            run.finish(Report { end: End::Cancelled, took: Duration::ZERO, cpu: None });
             return Ok(());
         }
         self.session.run_begins();
+        self.ask_at = None;
         let began = Instant::now();
-        let end = match &mut self.shell {
-            Some(shell) => conduct(shell, &spec, &events, &mut self.stop, &self.config).await,
-            None => End::Failed,
+        let (end, sign) = match &mut self.shell {
+            Some(shell) => {
+                let mut course = Course {
+                    session: &self.session,
+                    config: &self.config,
+                    asks: &mut self.asks,
+                    known: &self.known,
+                    stop: &mut self.stop,
+                };
+                course.conduct(shell, spec, run).await
+            }
+            None => (End::Failed, None),
         };
-        let report = Report { end, took: began.elapsed() };
+        let end = self.session.with_cause(end, began.into_std());
+        let cpu = self.shell.as_mut().and_then(|shell| {
+            take_leftover(&mut shell.io, run);
+            shell.take_cpu_time()
+        });
         self.session.run_ends();
-        let mut last = self.shell.as_mut().map(|shell| leftover(&mut shell.io)).unwrap_or_default();
-        last.push(RunEvent::End(report));
-        deliver(events, last);
+        run.finish(Report { end, took: began.elapsed(), cpu });
         // Only now, so that the answer does not wait for it.
         let tidied = match &mut self.shell {
-            Some(shell) => shell.end_run(spec.stdin.is_some()),
+            Some(shell) => {
+                let stopped = matches!(end, End::TimedOut(_) | End::Cancelled);
+                if stopped && matches!(sign, Some(Sign::Reported(_))) {
+                    settle(shell).await;
+                    tell_ends(shell, &self.session);
+                }
+                shell.end_run(spec.stdin.is_some())
+            }
             None => Ok(()),
         };
-        self.after_run(report.end, tidied).await
+        self.ask_at = Some(Instant::now() + ASK_DELAY);
+        self.after_run(end, tidied).await
     }
 
     async fn after_run(&mut self, end: End, tidied: io::Result<()>) -> Result<(), String> {
@@ -198,12 +279,14 @@ impl Task {
         let Some(shell) = &mut self.shell else { return Err("it has no shell".into()) };
         let gone = match (end, tidied) {
             (End::SessionEnded, _) => return Err(self.session.why_gone()),
-            (End::Failed | End::ShellEnded(_) | End::ShellLost, _) => true,
+            (End::Failed | End::ShellEnded(_) | End::Exited(_) | End::ShellLost, _) => true,
             (_, Err(error)) => {
                 tracing::warn!(session = %self.session.id, %error, "tidying up after a run failed");
                 true
             }
-            (End::Status(_) | End::TimedOut(_) | End::Cancelled, Ok(())) => shell.is_over(),
+            (End::Status(_) | End::OutOfMemory(_) | End::TimedOut(_) | End::Cancelled, Ok(())) => {
+                shell.is_over()
+            }
         };
         if gone { self.replace_shell().await } else { Ok(()) }
     }
@@ -241,7 +324,11 @@ impl Task {
 
     /// Ends everything inside and waits until nothing is left.
     async fn release(&mut self) {
-        self.runs.close();
+        while let Ok(queued) = self.queue.try_recv() {
+            drop(queued);
+        }
+        // Nothing is started any more, and what is being started has been.
+        *self.session.background.inside.write().await = None;
         let shell = self.shell.take();
         let resources = self.resources.take();
         let released = tokio::task::spawn_blocking(move || {
@@ -252,6 +339,7 @@ impl Task {
         if let Err(error) = released.await {
             tracing::error!(session = %self.session.id, %error, "releasing a session failed");
         }
+        self.session.background.end();
     }
 
     /// A dead session stays visible for a while, and answers runs that were waiting or still come.
@@ -264,69 +352,82 @@ impl Task {
     }
 }
 
-/// Gives the code to the shell and carries events until the run is over.
-async fn conduct(
-    shell: &mut Shell,
-    spec: &RunSpec,
-    events: &mpsc::Sender<RunEvent>,
-    stop: &mut watch::Receiver<bool>,
-    config: &config::Session,
-) -> End {
-    let token = match shell.begin(&spec.code, spec.stdin.as_deref(), &spec.envs) {
-        Ok(token) => token,
-        Err(error) => {
-            tracing::error!(%error, "a run could not be handed to its shell");
-            return End::Failed;
-        }
-    };
-    let grace = Duration::from_millis(config.interrupt_grace_ms);
-    let mut stopping = Stopping::No;
-    let began = Instant::now();
-    let mut deadline = began + spec.timeout.unwrap_or(FAR);
-    let sign = loop {
-        if let Some(sign) = shell.sign(&token) {
-            break sign;
-        }
-        // Output that nobody will read any more is not waited for.
-        let reading = !matches!(stopping.cause(), Some(Cause::Cancelled));
-        tokio::select! {
-            biased;
-            () = told_to(stop) => return End::SessionEnded,
-            () = sleep_until(deadline) => {
-                (stopping, deadline) = escalate(shell, stopping, spec, grace);
-            }
-            () = sleep_until(began + PROMPT_WATCH_DELAY), if !shell.io.watches_prompt() => {
-                shell.io.watch_prompt(true);
-            }
-            () = events.closed(), if stopping == Stopping::No => {
-                shell.interrupt();
-                stopping = Stopping::Interrupted(Cause::Cancelled);
-                deadline = Instant::now() + grace;
-            }
-            permit = events.reserve(), if reading && shell.io.has_output() => {
-                match (permit, shell.io.read_output()) {
-                    (Ok(permit), Some((stream, chunk))) => permit.send(RunEvent::Output(stream, chunk)),
-                    (Ok(_), None) | (Err(_), _) => {}
-                }
-            }
-            waited = shell.io.wait() => {
-                if let Err(error) = waited {
-                    tracing::error!(%error, "waiting for a shell failed");
-                    return End::Failed;
-                }
-            }
-        }
-    };
-    if stopping != Stopping::No && matches!(sign, Sign::Reported(_)) {
-        settle(shell).await;
+/// Passes on how programs other than the shell have ended.
+fn tell_ends(shell: &mut Shell, session: &Session) {
+    for (id, status) in shell.take_others_ended() {
+        session.background.ended(id, status);
     }
-    match (sign, stopping.cause()) {
-        (Sign::SandboxGone, _) => End::SessionEnded,
-        (_, Some(Cause::TimedOut(limit))) => End::TimedOut(limit),
-        (_, Some(Cause::Cancelled)) => End::Cancelled,
-        (Sign::Reported(status), None) => End::Status(status),
-        (Sign::Ended(status), None) => End::ShellEnded(status),
-        (Sign::Lost, None) => End::ShellLost,
+}
+
+/// What a run needs of its session while it goes on.
+struct Course<'a> {
+    session: &'a Session,
+    config: &'a config::Session,
+    asks: &'a mut mpsc::Receiver<Ask>,
+    known: &'a Option<Carried>,
+    stop: &'a mut watch::Receiver<bool>,
+}
+
+impl Course<'_> {
+    /// Gives the code to the shell and carries events until the run is over; how, and the shell's sign of it.
+    async fn conduct(&mut self, shell: &mut Shell, spec: &RunSpec, run: &Run) -> (End, Option<Sign>) {
+        let token = match shell.begin(&spec.code, spec.stdin.as_deref(), &spec.envs) {
+            Ok(token) => token,
+            Err(error) => {
+                tracing::error!(%error, "a run could not be handed to its shell");
+                return (End::Failed, None);
+            }
+        };
+        let grace = Duration::from_millis(self.config.interrupt_grace_ms);
+        let mut stopping = Stopping::No;
+        let began = Instant::now();
+        let mut deadline = began + spec.timeout.unwrap_or(FAR);
+        let sign = loop {
+            let sign = shell.sign(&token);
+            tell_ends(shell, self.session);
+            if let Some(sign) = sign {
+                break sign;
+            }
+            // Output that nobody will read any more is not waited for.
+            let reading = !matches!(stopping.cause(), Some(Cause::Cancelled));
+            tokio::select! {
+                biased;
+                () = told_to(self.stop) => return (End::SessionEnded, None),
+                () = sleep_until(deadline) => {
+                    (stopping, deadline) = escalate(shell, stopping, spec, grace);
+                }
+                () = sleep_until(began + PROMPT_WATCH_DELAY), if !shell.io.watches_prompt() => {
+                    shell.io.watch_prompt(true);
+                }
+                () = run.cancellation(), if stopping == Stopping::No => {
+                    shell.interrupt();
+                    stopping = Stopping::Interrupted(Cause::Cancelled);
+                    deadline = Instant::now() + grace;
+                }
+                Some(ask) = self.asks.recv() => drop(ask.send(self.known.clone())),
+                () = self.session.background.attention.notified() => shell.io.sandbox_spoke = true,
+                () = run.journal.room(), if reading && shell.io.has_output() => {
+                    if let Some((stream, chunk)) = shell.io.read_output() {
+                        run.journal.output(stream, chunk);
+                    }
+                }
+                waited = shell.io.wait() => {
+                    if let Err(error) = waited {
+                        tracing::error!(%error, "waiting for a shell failed");
+                        return (End::Failed, None);
+                    }
+                }
+            }
+        };
+        let end = match (sign, stopping.cause()) {
+            (Sign::SandboxGone, _) => End::SessionEnded,
+            (_, Some(Cause::TimedOut(limit))) => End::TimedOut(limit),
+            (_, Some(Cause::Cancelled)) => End::Cancelled,
+            (Sign::Reported(status), None) => End::Status(status),
+            (Sign::Ended(status), None) => End::ShellEnded(status),
+            (Sign::Lost, None) => End::ShellLost,
+        };
+        (end, Some(sign))
     }
 }
 
@@ -365,37 +466,14 @@ fn escalate(shell: &mut Shell, stopping: Stopping, spec: &RunSpec, grace: Durati
     }
 }
 
-/// What the run had written when it ended, and not a byte more: what comes later is from processes it left
-/// behind. At most what two pipes hold.
-fn leftover(io: &mut ShellIo) -> Vec<RunEvent> {
-    let mut events = Vec::new();
+/// Takes what the run had written when it ended, and not a byte more: what comes later is from processes it left
+/// behind. At most what two pipes hold, so it is taken whether or not there is room.
+fn take_leftover(io: &mut ShellIo, run: &Run) {
     let mut left = io.pending_bytes();
     io.mark_readable();
     while left > 0 {
         let Some((stream, chunk)) = io.read_output() else { break };
         left = left.saturating_sub(chunk.len() as u64);
-        events.push(RunEvent::Output(stream, chunk));
-    }
-    events
-}
-
-/// Hands over the last events of a run. A client that does not read them holds up nothing but itself.
-fn deliver(events: mpsc::Sender<RunEvent>, last: Vec<RunEvent>) {
-    let mut last = last.into_iter();
-    while let Some(event) = last.next() {
-        match events.try_send(event) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Closed(_)) => return,
-            Err(mpsc::error::TrySendError::Full(event)) => {
-                tokio::spawn(async move {
-                    for event in std::iter::once(event).chain(last) {
-                        if events.send(event).await.is_err() {
-                            return;
-                        }
-                    }
-                });
-                return;
-            }
-        }
+        run.journal.output(stream, chunk);
     }
 }

@@ -1,0 +1,387 @@
+//! Background runs: each has a shell of its own, started by init beside the session's, in its folder and with its
+//! exported variables.
+//!
+//! ```text
+//!  handler ──► ask the task where the shell is ──► blocking thread: log, pipe, cgroup leaf, code, init ──► 202
+//!  follower task: pipe ──► log and journal, until its end       session task: tells it how the shell ended
+//! ```
+//!
+//! A run is over when its shell is; what that left behind may go on writing to the log.
+
+use super::control::ControlDir;
+use super::dialect::{Carried, Dialect};
+use super::run::{End, Report, Run, RunSpec};
+use super::session::Session;
+use super::shell_io::Stream;
+use crate::sandbox::cgroup::Cgroup;
+use crate::sandbox::launch::{LaunchError, ProgramStart, Sandbox};
+use bytes::Bytes;
+use execd_init_shim::messages::ExitStatus;
+use rustix::buffer::spare_capacity;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Notify, RwLock, mpsc, oneshot};
+
+/// Background runs of one session that may go on at once.
+pub(super) const RUNNING_MAX: usize = 16;
+/// How long the session's shell may take to say where it is.
+const ASK_MAX: Duration = Duration::from_secs(2);
+/// Bytes taken from a pipe at once: what one holds.
+const CHUNK_BYTES: usize = 64 * 1024;
+/// The most that is read before other work of the runtime gets its turn; bytes.
+const BURST_BYTES_MAX: usize = 1 << 20;
+
+/// What of a session is needed to start programs beside its shell.
+#[derive(Debug, Clone)]
+pub(super) struct Inside {
+    pub(super) sandbox: Arc<Sandbox>,
+    pub(super) control: Arc<ControlDir>,
+    pub(super) cgroup: Option<Arc<Cgroup>>,
+    pub(super) dialect: Dialect,
+}
+
+/// A question to the session's task: where its shell is.
+pub(super) type Ask = oneshot::Sender<Option<Carried>>;
+
+/// What a session has for its background runs.
+#[derive(Debug)]
+pub(super) struct Background {
+    /// `None` once the session ends. Whoever starts something holds it for as long, and the session waits for that.
+    pub(super) inside: Arc<RwLock<Option<Inside>>>,
+    pub(super) asks: mpsc::Sender<Ask>,
+    /// Rung when the session's task should look for ends of programs.
+    pub(super) attention: Notify,
+    exits: Mutex<Exits>,
+}
+
+#[derive(Debug, Default)]
+struct Exits {
+    followers: HashMap<u32, oneshot::Sender<ExitStatus>>,
+    /// Programs that are being started and whose name is not known yet.
+    starting: usize,
+    /// Ends that were told before it was.
+    early: HashMap<u32, ExitStatus>,
+}
+
+/// Why a background run is not started.
+#[derive(Debug, thiserror::Error)]
+pub enum BackgroundError {
+    /// As many go on as may.
+    #[error("{0} background runs go on in this session already")]
+    TooMany(usize),
+    /// The session is dead or ends; the text says of what.
+    #[error("isolated session is not active: {0}")]
+    Dead(String),
+    /// The program.
+    #[error("start the background run")]
+    Launch(#[from] LaunchError),
+    /// The daemon's own side.
+    #[error("start the background run")]
+    Io(#[from] io::Error),
+}
+
+impl Background {
+    pub(super) fn new(inside: Inside, asks: mpsc::Sender<Ask>) -> Self {
+        Self {
+            inside: Arc::new(RwLock::new(Some(inside))),
+            asks,
+            attention: Notify::new(),
+            exits: Mutex::default(),
+        }
+    }
+
+    /// Passes on how a program ended, if it is one of a background run.
+    pub(super) fn ended(&self, id: u32, status: ExitStatus) {
+        let mut exits = self.exits();
+        match exits.followers.remove(&id) {
+            Some(follower) => drop(follower.send(status)),
+            None if exits.starting > 0 => drop(exits.early.insert(id, status)),
+            None => {}
+        }
+    }
+
+    /// Follows a program that has just been started.
+    fn follow(&self, id: u32) -> oneshot::Receiver<ExitStatus> {
+        let (sender, receiver) = oneshot::channel();
+        let mut exits = self.exits();
+        match exits.early.remove(&id) {
+            Some(status) => drop(sender.send(status)),
+            None => drop(exits.followers.insert(id, sender)),
+        }
+        receiver
+    }
+
+    /// Nothing more will be told: whoever follows a program learns that the session has ended.
+    pub(super) fn end(&self) {
+        *self.exits() = Exits::default();
+    }
+
+    fn exits(&self) -> MutexGuard<'_, Exits> {
+        self.exits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Counts a program as being started.
+struct Starting<'a>(&'a Background);
+
+impl<'a> Starting<'a> {
+    fn new(background: &'a Background) -> Self {
+        background.exits().starting += 1;
+        Self(background)
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        let mut exits = self.0.exits();
+        exits.starting -= 1;
+        if exits.starting == 0 {
+            exits.early.clear();
+        }
+        drop(exits);
+        // Ends that arrived while the answer to the start was waited for have rung nobody.
+        self.0.attention.notify_one();
+    }
+}
+
+/// A program that runs, with what belongs to it.
+struct Started {
+    run: Arc<Run>,
+    pipe: OwnedFd,
+    pidfd: OwnedFd,
+    leaf: Option<Cgroup>,
+    ended: oneshot::Receiver<ExitStatus>,
+    /// Its files in the control directory.
+    files: Vec<String>,
+    control: Arc<ControlDir>,
+    began: Instant,
+}
+
+impl Session {
+    /// Starts a run in the background.
+    ///
+    /// # Errors
+    /// See [`BackgroundError`].
+    pub async fn run_in_background(
+        self: &Arc<Self>,
+        spec: RunSpec,
+        log_dir: Option<PathBuf>,
+    ) -> Result<Arc<Run>, BackgroundError> {
+        let dead = || BackgroundError::Dead(self.reason());
+        let inside = Arc::clone(&self.background.inside).read_owned().await;
+        if inside.is_none() {
+            return Err(dead());
+        }
+        if self.runs.background_running() >= RUNNING_MAX {
+            return Err(BackgroundError::TooMany(RUNNING_MAX));
+        }
+        let state = self.ask().await;
+        let session = Arc::clone(self);
+        let started = tokio::task::spawn_blocking(move || {
+            let inside = inside.as_ref().ok_or_else(|| BackgroundError::Dead(session.reason()))?;
+            session.start(inside, &spec, state.as_ref(), log_dir)
+        });
+        let started = started.await.map_err(io::Error::other)??;
+        let run = Arc::clone(&started.run);
+        self.runs.add(Arc::clone(&run), self.run_buffer_bytes_max);
+        tokio::spawn(follow(Arc::clone(self), started));
+        Ok(run)
+    }
+
+    /// Where the session's shell is, or was when it was last known.
+    async fn ask(&self) -> Option<Carried> {
+        let (answer, answered) = oneshot::channel();
+        self.background.asks.send(answer).await.ok()?;
+        tokio::time::timeout(ASK_MAX, answered).await.ok()?.ok()?
+    }
+
+    fn start(
+        &self,
+        inside: &Inside,
+        spec: &RunSpec,
+        state: Option<&Carried>,
+        log_dir: Option<PathBuf>,
+    ) -> Result<Started, BackgroundError> {
+        let log = super::log::Log::new(log_dir.as_deref())?;
+        let run = Run::background(log, self.run_buffer_bytes_max);
+        let leaf =
+            inside.cgroup.as_ref().map(|cgroup| cgroup.leaf(&format!("run-{}", run.id))).transpose()?;
+        let control = Arc::clone(&inside.control);
+        let (code, prelude) = (format!("c-{}", run.id), format!("p-{}", run.id));
+        // From here on its drop removes them.
+        let files = Files { control: &control, names: vec![code.clone(), prelude.clone()] };
+        control.put(&code, spec.code.as_bytes())?;
+        let script = inside.dialect.background_script(state, &spec.envs, &code);
+        control.put(&prelude, script.as_bytes())?;
+        let (pipe, write) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from)?;
+        rustix::io::ioctl_fionbio(&pipe, true).map_err(io::Error::from)?;
+        let null = std::fs::File::open("/dev/null")?;
+        let input = match &spec.stdin {
+            None => null.into(),
+            Some(bytes) => input_file(bytes)?,
+        };
+        let starting = Starting::new(&self.background);
+        let program = inside.sandbox.start(ProgramStart {
+            commands: inside.dialect.background_commands(&prelude),
+            streams: [input.as_fd(), write.as_fd(), write.as_fd()],
+            cgroup: leaf.as_ref().map(AsFd::as_fd),
+        })?;
+        let ended = self.background.follow(program.id);
+        drop(starting);
+        let files = files.keep();
+        Ok(Started { run, pipe, pidfd: program.pidfd, leaf, ended, files, control, began: Instant::now() })
+    }
+}
+
+/// Files in the control directory, removed when dropped.
+struct Files<'a> {
+    control: &'a ControlDir,
+    names: Vec<String>,
+}
+
+impl Files<'_> {
+    fn keep(mut self) -> Vec<String> {
+        std::mem::take(&mut self.names)
+    }
+}
+
+impl Drop for Files<'_> {
+    fn drop(&mut self) {
+        for name in &self.names {
+            let _ = self.control.remove(name);
+        }
+    }
+}
+
+/// The input of a run, as a file that nothing else can be reached through.
+fn input_file(bytes: &[u8]) -> io::Result<OwnedFd> {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    use std::io::{Seek, Write};
+    let memfd = memfd_create("input", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut file = std::fs::File::from(memfd);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    fcntl_add_seals(&file, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
+    Ok(file.into())
+}
+
+/// Carries what a background run writes into its log and its journal, and notes its end.
+async fn follow(session: Arc<Session>, started: Started) {
+    let Started { run, pipe, pidfd, leaf, mut ended, files, control, began } = started;
+    let mut output = match execd_sys::watch_readable(pipe) {
+        Ok(pipe) => Some(Arc::new(pipe)),
+        Err(error) => {
+            tracing::error!(session = %session.id, %error, "the output of a background run cannot be read");
+            None
+        }
+    };
+    let kill = || {
+        if leaf.as_ref().is_none_or(|leaf| leaf.kill().is_err()) {
+            let _ = execd_sys::send_signal(pidfd.as_fd(), 9);
+        }
+    };
+    let mut killed = false;
+    let mut status = None;
+    // Until its end, and then for what it left behind.
+    for to_journal in [true, false] {
+        loop {
+            let ready = async {
+                match &output {
+                    Some(output) => output.readable().await.map(|mut guard| guard.clear_ready()),
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = run.cancellation(), if !killed => {
+                    killed = true;
+                    kill();
+                    continue;
+                }
+                ended = &mut ended, if to_journal => {
+                    status = ended.ok();
+                    break;
+                }
+                _ = ready => {}
+            }
+            output = drain(&run, output, to_journal).await;
+            if output.is_none() && !to_journal {
+                break;
+            }
+        }
+        if to_journal {
+            // All it had written belongs to it.
+            output = drain(&run, output, true).await;
+            let end = session.with_cause(status.map_or(End::SessionEnded, End::Exited), began);
+            let cpu = leaf.as_ref().and_then(|leaf| leaf.cpu_time().ok());
+            run.finish(Report { end, took: began.elapsed(), cpu });
+            for name in &files {
+                let _ = control.remove(name);
+            }
+            session.background_ended();
+        }
+        if output.is_none() {
+            break;
+        }
+    }
+}
+
+/// Takes what has been written, on a thread that may wait for a slow disk; `None` at the end of it. What is read after
+/// a readiness was cleared makes it ready again.
+async fn drain(
+    run: &Arc<Run>,
+    output: Option<Arc<AsyncFd<OwnedFd>>>,
+    to_journal: bool,
+) -> Option<Arc<AsyncFd<OwnedFd>>> {
+    let mut output = output?;
+    loop {
+        let run = Arc::clone(run);
+        let drained = tokio::task::spawn_blocking(move || {
+            let drained = drain_burst(&run, output.get_ref(), to_journal);
+            (output, drained)
+        });
+        let (file, drained) = drained.await.ok()?;
+        output = file;
+        match drained {
+            Drained::Empty => return Some(output),
+            Drained::Ended => return None,
+            Drained::More => {}
+        }
+    }
+}
+
+enum Drained {
+    More,
+    Empty,
+    Ended,
+}
+
+fn drain_burst(run: &Run, output: &OwnedFd, to_journal: bool) -> Drained {
+    let mut taken = 0;
+    while taken < BURST_BYTES_MAX {
+        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+        match rustix::io::read(output, spare_capacity(&mut chunk)) {
+            Ok(0) => return Drained::Ended,
+            Ok(length) => taken += length,
+            Err(Errno::INTR) => continue,
+            Err(Errno::AGAIN) => return Drained::Empty,
+            Err(_) => return Drained::Ended,
+        }
+        if let Some(log) = &run.log
+            && let Err(error) = log.append(&chunk)
+        {
+            tracing::warn!(run = %run.id, %error, "output of a background run is lost");
+        }
+        if to_journal {
+            run.journal.output(Stream::Stdout, Bytes::from(chunk));
+        }
+    }
+    Drained::More
+}

@@ -1,0 +1,312 @@
+//! The events of a run, in order and numbered, in a buffer of bounded size. Whoever reads them, live or later, reads
+//! them here.
+//!
+//! ```text
+//! session task ──push──► [ 2 3 4 | 5 | 6 7 ] ──next──► readers, each at a place of its own
+//!                          oldest      newest
+//! ```
+//!
+//! As long as there are readers, nothing is dropped that one of them has not read; then the writer has to wait for room,
+//! and with it the run, whose pipe fills up. Without a reader the oldest events make room for new ones.
+//!
+//! Number 1 is the `init` event, which is not kept, since it says nothing but the run's id.
+
+use super::lines::{self, Lines};
+use super::run::Report;
+use super::shell_io::Stream;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+use tokio::sync::{Notify, watch};
+
+/// The number of the `init` event.
+pub const INIT_SEQ: u64 = 1;
+
+/// Some events with numbers in a row.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The number of the first.
+    pub seq: u64,
+    /// How many there are.
+    pub count: u64,
+    /// When they came.
+    pub at: SystemTime,
+    /// What happened.
+    pub event: Event,
+}
+
+/// What happens in a run.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// Output: each line is an event, and an end without newline another.
+    Output(Stream, Bytes),
+    /// It is over; the last event.
+    End(Report),
+}
+
+/// The events of one run.
+#[derive(Debug)]
+pub struct Journal {
+    inner: Mutex<Inner>,
+    /// Changed whenever something is written.
+    news: watch::Sender<()>,
+    /// Rung when a reader has made room or is gone.
+    room: Notify,
+    bytes_max: usize,
+    partial_output: bool,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    entries: VecDeque<Entry>,
+    bytes: usize,
+    next_seq: u64,
+    stdout: Lines,
+    stderr: Lines,
+    ended: bool,
+    /// The next number that each reader wants.
+    readers: Vec<(u64, u64)>,
+    next_reader: u64,
+}
+
+impl Journal {
+    /// An empty one that keeps about `bytes_max` bytes of output. `partial_output` makes events of pieces of lines as
+    /// they come.
+    pub(super) fn new(bytes_max: usize, partial_output: bool) -> Arc<Self> {
+        Arc::new(Self {
+            inner: Mutex::new(Inner { next_seq: INIT_SEQ + 1, ..Inner::default() }),
+            news: watch::Sender::new(()),
+            room: Notify::new(),
+            bytes_max,
+            partial_output,
+        })
+    }
+
+    /// Writes a piece of output, cut anywhere. There should be room.
+    pub(super) fn output(&self, stream: Stream, chunk: Bytes) {
+        let mut inner = self.inner();
+        let Inner { stdout, stderr, .. } = &mut *inner;
+        let lines = if stream == Stream::Stdout { stdout } else { stderr };
+        let mut pieces = Vec::new();
+        lines.push(chunk, |piece| pieces.push(piece));
+        if self.partial_output {
+            pieces.extend(lines.take_partial());
+        }
+        if pieces.is_empty() {
+            return;
+        }
+        for piece in pieces {
+            inner.push(Event::Output(stream, piece));
+        }
+        inner.make_room(self.bytes_max);
+        drop(inner);
+        self.news.send_replace(());
+    }
+
+    /// Writes the last event.
+    pub(super) fn end(&self, report: Report) {
+        let mut inner = self.inner();
+        for (stream, rest) in
+            [(Stream::Stdout, inner.stdout.take_rest()), (Stream::Stderr, inner.stderr.take_rest())]
+        {
+            if let Some(rest) = rest {
+                inner.push(Event::Output(stream, rest));
+            }
+        }
+        inner.push(Event::End(report));
+        inner.ended = true;
+        inner.make_room(self.bytes_max);
+        drop(inner);
+        self.news.send_replace(());
+    }
+
+    /// Waits until output may be written. Cancel safe; for one writer.
+    pub(super) async fn room(&self) {
+        while !self.has_room() {
+            self.room.notified().await;
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let mut inner = self.inner();
+        inner.make_room(self.bytes_max);
+        inner.bytes < self.bytes_max
+    }
+
+    /// Bytes of output that are kept.
+    pub(super) fn bytes(&self) -> usize {
+        self.inner().bytes
+    }
+
+    /// Whether anybody reads it.
+    pub(super) fn has_readers(&self) -> bool {
+        !self.inner().readers.is_empty()
+    }
+
+    /// A reader that begins behind event number `after`.
+    pub fn read(self: &Arc<Self>, after: u64) -> Reader {
+        let mut inner = self.inner();
+        let id = inner.next_reader;
+        inner.next_reader += 1;
+        // A stream always ends in the last event, even if that has been seen.
+        let newest = if inner.ended { inner.next_seq - 1 } else { inner.next_seq };
+        let next_seq = after.saturating_add(1).min(newest).max(INIT_SEQ + 1);
+        inner.readers.push((id, next_seq));
+        Reader { journal: Arc::clone(self), id, next_seq, news: self.news.subscribe(), ended: false }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn push(&mut self, event: Event) {
+        let count = match &event {
+            Event::Output(_, bytes) => {
+                self.bytes += bytes.len();
+                lines::count(bytes)
+            }
+            Event::End(_) => 1,
+        };
+        self.entries.push_back(Entry { seq: self.next_seq, count, at: SystemTime::now(), event });
+        self.next_seq += count;
+    }
+
+    /// Drops the oldest entries above the limit that no reader still wants. The last one stays.
+    fn make_room(&mut self, bytes_max: usize) {
+        let wanted = self.readers.iter().map(|(_, next)| *next).min().unwrap_or(u64::MAX);
+        while self.bytes >= bytes_max && self.entries.len() > 1 {
+            match self.entries.front() {
+                Some(Entry { seq, count, event: Event::Output(_, bytes), .. }) if seq + count <= wanted => {
+                    self.bytes -= bytes.len();
+                    self.entries.pop_front();
+                }
+                _ => return,
+            }
+        }
+    }
+
+    /// The entry that holds event number `seq`, or the first after it.
+    fn find(&self, seq: u64) -> Option<&Entry> {
+        let place = self.entries.partition_point(|entry| entry.seq + entry.count <= seq);
+        self.entries.get(place)
+    }
+}
+
+/// Reads a journal from one place on.
+#[derive(Debug)]
+pub struct Reader {
+    journal: Arc<Journal>,
+    id: u64,
+    next_seq: u64,
+    news: watch::Receiver<()>,
+    ended: bool,
+}
+
+/// What a reader reads.
+#[derive(Debug)]
+pub struct Read {
+    /// The entry.
+    pub entry: Entry,
+    /// How many of its events were read before.
+    pub skip: u64,
+    /// How many events before it are no longer kept.
+    pub missed: u64,
+}
+
+impl Reader {
+    /// The next events, if there are any yet; `None` too after the last.
+    pub fn try_next(&mut self) -> Option<Read> {
+        if self.ended {
+            return None;
+        }
+        let mut inner = self.journal.inner();
+        let entry = inner.find(self.next_seq)?.clone();
+        let read = Read {
+            skip: self.next_seq.saturating_sub(entry.seq),
+            missed: entry.seq.saturating_sub(self.next_seq),
+            entry,
+        };
+        self.ended = matches!(read.entry.event, Event::End(_));
+        self.next_seq = read.entry.seq + read.entry.count;
+        if let Some(place) = inner.readers.iter_mut().find(|(id, _)| *id == self.id) {
+            place.1 = self.next_seq;
+        }
+        drop(inner);
+        self.journal.room.notify_one();
+        Some(read)
+    }
+
+    /// Waits for the next events; `None` after the last. Cancel safe.
+    pub async fn next(&mut self) -> Option<Read> {
+        loop {
+            self.news.mark_unchanged();
+            if let Some(read) = self.try_next() {
+                return Some(read);
+            }
+            // The sender lives in the journal, which this reader holds.
+            if self.ended || self.news.changed().await.is_err() {
+                return None;
+            }
+        }
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.journal.inner().readers.retain(|(id, _)| *id != self.id);
+        self.journal.room.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::run::End;
+    use super::*;
+    use std::time::Duration;
+
+    fn report() -> Report {
+        Report { end: End::Status(0), took: Duration::ZERO, cpu: None }
+    }
+
+    fn numbers(reader: &mut Reader) -> Vec<(u64, u64, u64)> {
+        std::iter::from_fn(|| reader.try_next())
+            .map(|read| (read.entry.seq, read.entry.count, read.skip))
+            .collect()
+    }
+
+    #[test]
+    fn events_are_numbered_and_can_be_read_from_anywhere() {
+        let journal = Journal::new(1000, false);
+        journal.output(Stream::Stdout, Bytes::from("a\nb\nc"));
+        journal.output(Stream::Stderr, Bytes::from("x\n"));
+        journal.output(Stream::Stdout, Bytes::from("d\n"));
+        journal.end(report());
+        assert_eq!(numbers(&mut journal.read(0)), [(2, 2, 0), (4, 1, 0), (5, 1, 0), (6, 1, 0)]);
+        assert_eq!(numbers(&mut journal.read(2)), [(2, 2, 1), (4, 1, 0), (5, 1, 0), (6, 1, 0)]);
+        assert_eq!(numbers(&mut journal.read(5)), [(6, 1, 0)]);
+        assert_eq!(numbers(&mut journal.read(6)), [(6, 1, 0)]);
+        assert_eq!(numbers(&mut journal.read(u64::MAX)), [(6, 1, 0)]);
+    }
+
+    #[test]
+    fn readers_hold_up_the_writer_and_nobody_else_does() {
+        let journal = Journal::new(10, false);
+        let mut reader = journal.read(0);
+        journal.output(Stream::Stdout, Bytes::from("0123456789\n"));
+        assert!(!journal.has_room());
+        journal.output(Stream::Stdout, Bytes::from("more\n"));
+        assert_eq!(numbers(&mut reader), [(2, 1, 0), (3, 1, 0)]);
+        assert!(journal.has_room());
+        drop(reader);
+        for _ in 0..10 {
+            journal.output(Stream::Stdout, Bytes::from("0123456789\n"));
+        }
+        assert!(journal.bytes() < 30);
+        let mut late = journal.read(0);
+        let read = late.try_next().unwrap();
+        assert!(read.missed > 5 && read.entry.seq == 2 + read.missed, "{read:?}");
+    }
+}
