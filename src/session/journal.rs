@@ -53,14 +53,15 @@ pub struct Journal {
     news: watch::Sender<()>,
     /// Rung when a reader has made room or is gone.
     room: Notify,
-    bytes_max: usize,
+    bytes_max: u64,
     partial_output: bool,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
-    entries: VecDeque<Entry>,
-    bytes: usize,
+    entries: VecDeque<Kept>,
+    /// The size of all entries that were ever written; bytes.
+    written: u64,
     next_seq: u64,
     stdout: Lines,
     stderr: Lines,
@@ -70,6 +71,17 @@ struct Inner {
     next_reader: u64,
 }
 
+/// An entry, and the size of all entries up to and with it; bytes.
+#[derive(Debug)]
+struct Kept {
+    entry: Entry,
+    size: u64,
+    end: u64,
+}
+
+/// What an entry takes besides its output, so that very many tiny ones are limited too; bytes.
+const OVERHEAD_BYTES: u64 = 128;
+
 impl Journal {
     /// An empty one that keeps about `bytes_max` bytes of output. `partial_output` makes events of pieces of lines as
     /// they come.
@@ -78,7 +90,7 @@ impl Journal {
             inner: Mutex::new(Inner { next_seq: INIT_SEQ + 1, ..Inner::default() }),
             news: watch::Sender::new(()),
             room: Notify::new(),
-            bytes_max,
+            bytes_max: bytes_max as u64,
             partial_output,
         })
     }
@@ -129,14 +141,12 @@ impl Journal {
     }
 
     fn has_room(&self) -> bool {
-        let mut inner = self.inner();
-        inner.make_room(self.bytes_max);
-        inner.bytes < self.bytes_max
+        self.inner().unread() < self.bytes_max
     }
 
     /// Bytes of output that are kept.
-    pub(super) fn bytes(&self) -> usize {
-        self.inner().bytes
+    pub(super) fn bytes(&self) -> u64 {
+        self.inner().kept()
     }
 
     /// Whether anybody reads it.
@@ -163,34 +173,45 @@ impl Journal {
 
 impl Inner {
     fn push(&mut self, event: Event) {
-        let count = match &event {
-            Event::Output(_, bytes) => {
-                self.bytes += bytes.len();
-                lines::count(bytes)
-            }
-            Event::End(_) => 1,
+        let (count, size) = match &event {
+            Event::Output(_, bytes) => (lines::count(bytes), bytes.len() as u64 + OVERHEAD_BYTES),
+            Event::End(_) => (1, OVERHEAD_BYTES),
         };
-        self.entries.push_back(Entry { seq: self.next_seq, count, at: SystemTime::now(), event });
+        self.written += size;
+        let entry = Entry { seq: self.next_seq, count, at: SystemTime::now(), event };
+        self.entries.push_back(Kept { entry, size, end: self.written });
         self.next_seq += count;
     }
 
-    /// Drops the oldest entries above the limit that no reader still wants. The last one stays.
-    fn make_room(&mut self, bytes_max: usize) {
-        let wanted = self.readers.iter().map(|(_, next)| *next).min().unwrap_or(u64::MAX);
-        while self.bytes >= bytes_max && self.entries.len() > 1 {
-            match self.entries.front() {
-                Some(Entry { seq, count, event: Event::Output(_, bytes), .. }) if seq + count <= wanted => {
-                    self.bytes -= bytes.len();
-                    self.entries.pop_front();
-                }
-                _ => return,
+    /// Drops the oldest entries that no reader still wants, as long as more than enough is left.
+    fn make_room(&mut self, bytes_max: u64) {
+        let wanted = self.wanted();
+        while let Some(Kept { entry, end, .. }) = self.entries.front() {
+            if self.written - end < bytes_max || entry.seq + entry.count > wanted {
+                return;
             }
+            self.entries.pop_front();
         }
     }
 
-    /// The entry that holds event number `seq`, or the first after it.
-    fn find(&self, seq: u64) -> Option<&Entry> {
-        let place = self.entries.partition_point(|entry| entry.seq + entry.count <= seq);
+    fn kept(&self) -> u64 {
+        self.entries.front().map_or(0, |oldest| self.written + oldest.size - oldest.end)
+    }
+
+    /// What the slowest reader has not read; bytes.
+    fn unread(&self) -> u64 {
+        self.find(self.wanted()).map_or(0, |oldest| self.written + oldest.size - oldest.end)
+    }
+
+    /// The lowest number that a reader has not read.
+    fn wanted(&self) -> u64 {
+        self.readers.iter().map(|(_, next)| *next).min().unwrap_or(u64::MAX)
+    }
+
+    /// What holds event number `seq`, or the first after it.
+    fn find(&self, seq: u64) -> Option<&Kept> {
+        let place =
+            self.entries.partition_point(|kept| kept.entry.seq.saturating_add(kept.entry.count) <= seq);
         self.entries.get(place)
     }
 }
@@ -223,7 +244,7 @@ impl Reader {
             return None;
         }
         let mut inner = self.journal.inner();
-        let entry = inner.find(self.next_seq)?.clone();
+        let entry = inner.find(self.next_seq)?.entry.clone();
         let read = Read {
             skip: self.next_seq.saturating_sub(entry.seq),
             missed: entry.seq.saturating_sub(self.next_seq),
@@ -293,20 +314,30 @@ mod tests {
 
     #[test]
     fn readers_hold_up_the_writer_and_nobody_else_does() {
-        let journal = Journal::new(10, false);
+        let journal = Journal::new(1000, false);
+        let chunk = || Bytes::from(vec![b'x'; 600]);
         let mut reader = journal.read(0);
-        journal.output(Stream::Stdout, Bytes::from("0123456789\n"));
+        journal.output(Stream::Stdout, chunk());
+        assert!(journal.has_room());
+        journal.output(Stream::Stdout, Bytes::from_static(b"\n"));
+        journal.output(Stream::Stdout, chunk());
+        journal.output(Stream::Stdout, Bytes::from_static(b"\n"));
         assert!(!journal.has_room());
-        journal.output(Stream::Stdout, Bytes::from("more\n"));
         assert_eq!(numbers(&mut reader), [(2, 1, 0), (3, 1, 0)]);
         assert!(journal.has_room());
         drop(reader);
-        for _ in 0..10 {
-            journal.output(Stream::Stdout, Bytes::from("0123456789\n"));
+        for number in 0..20 {
+            journal.output(Stream::Stdout, Bytes::from(format!("{number}{}\n", "x".repeat(400))));
+            assert!(journal.has_room() && journal.bytes() < 3000);
         }
-        assert!(journal.bytes() < 30);
         let mut late = journal.read(0);
         let read = late.try_next().unwrap();
-        assert!(read.missed > 5 && read.entry.seq == 2 + read.missed, "{read:?}");
+        assert!(read.missed > 10 && read.entry.seq == 2 + read.missed, "{read:?}");
+        // The newest stays, however small the limit.
+        let tiny = Journal::new(1, false);
+        tiny.output(Stream::Stdout, Bytes::from_static(b"lost\n"));
+        tiny.output(Stream::Stdout, Bytes::from_static(b"kept\n"));
+        tiny.end(report());
+        assert!(matches!(tiny.read(0).try_next().unwrap().entry.event, Event::Output(..) | Event::End(_)));
     }
 }

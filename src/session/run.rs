@@ -294,7 +294,7 @@ impl Runs {
             }
             *count += 1;
             bytes += run.journal.bytes();
-            keep.push(*count <= max && (run.log.is_some() || bytes <= kept_bytes_max));
+            keep.push(*count <= max && (run.log.is_some() || bytes <= kept_bytes_max as u64));
         }
         let mut keep = keep.into_iter().rev();
         runs.retain(|_| keep.next().unwrap_or(true));
@@ -351,10 +351,10 @@ mod tests {
     fn a_session_forgets_old_runs_but_none_that_goes_on() {
         let runs = Runs::default();
         let first = Run::foreground(&spec(true), 10);
-        runs.add(Arc::clone(&first), 10);
+        runs.add(Arc::clone(&first), 1 << 20);
         for _ in 0..100 {
             let run = Run::foreground(&spec(true), 10);
-            runs.add(Arc::clone(&run), 10);
+            runs.add(Arc::clone(&run), 1 << 20);
             run.finish(Report { end: End::Status(0), took: Duration::ZERO, cpu: None });
         }
         assert_eq!(runs.list().len(), FOREGROUND_KEPT_MAX + 2);

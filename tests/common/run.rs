@@ -21,6 +21,19 @@ impl Stream {
         Self { answer, raw: Vec::new(), read: 0 }
     }
 
+    /// Reads the events of a run that has been started before.
+    pub(crate) fn get(daemon: &super::Daemon, path: &str) -> Self {
+        let mut answer = http::send(daemon.address, daemon.token.as_deref(), "GET", path, b"");
+        let status = answer.head.status;
+        assert_eq!(status, 200, "{}", String::from_utf8_lossy(&answer.chunk().unwrap_or_default()));
+        Self { answer, raw: Vec::new(), read: 0 }
+    }
+
+    /// Status and headers.
+    pub(crate) fn head(&self) -> &Head {
+        &self.answer.head
+    }
+
     /// The next event; `None` at the end of the stream.
     pub(crate) fn next_event(&mut self) -> Option<Value> {
         loop {
