@@ -12,10 +12,9 @@ use super::control::ControlDir;
 use super::dialect::{Carried, Dialect};
 use super::run::{End, Report, Run, RunSpec};
 use super::session::Session;
-use super::shell_io::Stream;
+use super::shell_io::{Stream, kept};
 use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::launch::{LaunchError, ProgramStart, Sandbox};
-use bytes::Bytes;
 use execd_init_shim::messages::ExitStatus;
 use rustix::buffer::spare_capacity;
 use rustix::fd::{AsFd, OwnedFd};
@@ -380,7 +379,7 @@ fn drain_burst(run: &Run, output: &OwnedFd, to_journal: bool) -> Drained {
             tracing::warn!(run = %run.id, %error, "output of a background run is lost");
         }
         if to_journal {
-            run.journal.output(Stream::Stdout, Bytes::from(chunk));
+            run.journal.output(Stream::Stdout, kept(chunk));
         }
     }
     Drained::More

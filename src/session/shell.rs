@@ -36,6 +36,8 @@ const SIGKILL: i32 = 9;
 const SIGCONT: i32 = 18;
 /// Between two looks at an init that another thread talks to.
 const BUSY_WAIT: Duration = Duration::from_millis(5);
+/// Processes of a killed run whose ends are awaited one by one; the shell's own children are the first of them.
+const AWAITED_MAX: usize = 512;
 /// What is kept of a shell's own complaints, for a message.
 const DIAGNOSTICS_BYTES_MAX: usize = 1024;
 
@@ -47,8 +49,8 @@ pub(super) struct Shell {
     process: Process,
     cgroup: Option<Arc<Cgroup>>,
     leaves: u32,
-    /// The leaf of a run that was killed.
-    killed: Option<Cgroup>,
+    /// Leaves of the run that were killed, each with some of its processes.
+    killed: Vec<(Cgroup, Vec<OwnedFd>)>,
     /// How programs other than the shell have ended.
     others_ended: Vec<(u32, ExitStatus)>,
     /// CPU time of the present leaf that is accounted for, and time of this run in leaves before it.
@@ -179,7 +181,7 @@ impl Shell {
             process,
             cgroup,
             leaves: 1,
-            killed: None,
+            killed: Vec::new(),
             others_ended: Vec::new(),
             cpu_seen: CpuTime::default(),
             cpu_before: CpuTime::default(),
@@ -353,8 +355,12 @@ impl Shell {
             return self.signal_run(SIGKILL);
         }
         let killed = self.move_shell_out_keeping().and_then(|leaf| {
-            self.killed = leaf;
-            self.killed.as_ref().map_or(Ok(()), Cgroup::kill)
+            let Some(leaf) = leaf else { return Ok(()) };
+            let members = leaf.processes().unwrap_or_default();
+            let members = members.into_iter().take(AWAITED_MAX).filter_map(open_process).collect();
+            let killed = leaf.kill();
+            self.killed.push((leaf, members));
+            killed
         });
         if let Err(error) = killed {
             tracing::warn!(%error, "cgroup.kill failed; killing one by one");
@@ -364,7 +370,10 @@ impl Shell {
 
     /// Whether all processes of the last run that was killed are gone.
     pub(super) fn killed_run_is_gone(&self) -> bool {
-        self.killed.as_ref().is_none_or(|leaf| leaf.processes().is_ok_and(|left| left.is_empty()))
+        // A process leaves its cgroup a moment before its parent is told of its end.
+        self.killed.iter().all(|(leaf, members)| {
+            leaf.processes().is_ok_and(|left| left.is_empty()) && members.iter().all(has_ended)
+        })
     }
 
     /// The CPU time of the present run, or since the last one; `None` without a cgroup.
@@ -425,7 +434,7 @@ impl Shell {
     /// Has the shell do nothing and report; the token of that. bash mentions children that were killed at its
     /// next command, and this way not in the output of the next run.
     pub(super) fn begin_nothing(&mut self) -> String {
-        self.killed = None;
+        self.killed.clear();
         let token = token();
         let line = self.process.dialect.idle_line(&token);
         self.io.send(&line);
@@ -434,8 +443,7 @@ impl Shell {
 
     /// Whether its process is there; it ends with its sandbox, too.
     pub(super) fn is_alive(&self) -> bool {
-        let mut fds = [PollFd::new(&self.process.pidfd, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(0)
+        !has_ended(&self.process.pidfd)
     }
 
     /// Kills the shell itself.
@@ -485,7 +493,7 @@ impl Shell {
         let held: Vec<(i32, OwnedFd)> = members()
             .into_iter()
             .filter(|pid| *pid != self.process.pid)
-            .filter_map(|pid| Some((pid, pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?)))
+            .filter_map(|pid| Some((pid, open_process(pid)?)))
             .collect();
         let still = members();
         for (_, pidfd) in held.iter().filter(|(pid, _)| still.contains(pid)) {
@@ -540,6 +548,16 @@ pub(super) struct Timings {
 fn token() -> String {
     let (_, random) = uuid::Uuid::new_v4().as_u64_pair();
     format!("{random:016x}")
+}
+
+fn open_process(pid: i32) -> Option<OwnedFd> {
+    pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()
+}
+
+/// Whether the process behind a pidfd has ended, waited for or not (pidfd_open(2)).
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
 }
 
 /// The pid behind a pidfd, as this process numbers it (proc_pid_fdinfo(5)).

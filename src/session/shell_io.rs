@@ -373,7 +373,7 @@ impl Output {
         }
         let mut chunk = Vec::with_capacity(bytes_max);
         match rustix::io::read(&self.fd, spare_capacity(&mut chunk)) {
-            Ok(1..) => Some(Bytes::from(chunk)),
+            Ok(1..) => Some(kept(chunk)),
             Err(Errno::INTR) => None,
             // No writer, or nothing written: the next write is a new edge.
             Ok(0) | Err(_) => {
@@ -388,6 +388,11 @@ impl Output {
         let mut byte = [0];
         rustix::io::read(&self.fd, &mut byte) == Ok(0)
     }
+}
+
+/// A chunk that may be kept for long, without the room it does not need.
+pub(super) fn kept(chunk: Vec<u8>) -> Bytes {
+    if chunk.len() < chunk.capacity() / 2 { Bytes::copy_from_slice(&chunk) } else { Bytes::from(chunk) }
 }
 
 fn add(epoll: BorrowedFd<'_>, fd: BorrowedFd<'_>, tag: u64, interest: EventFlags) -> io::Result<()> {

@@ -48,6 +48,12 @@ pub(crate) fn descriptors(pid: i32) -> usize {
     Process::new(pid).unwrap().fd_count().unwrap()
 }
 
+/// Memory of a process; kilobytes.
+pub(crate) fn resident_kb(pid: i32) -> u64 {
+    let status = Process::new(pid).and_then(|process| process.status());
+    status.ok().and_then(|status| status.vmrss).unwrap_or(0)
+}
+
 /// Mounts of the host's namespace, which the tests share with the daemon.
 pub(crate) fn mounts(pid: i32) -> usize {
     std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().lines().count()
