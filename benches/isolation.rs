@@ -5,16 +5,19 @@
 //! compared take turns in one loop, so that a change of the machine's mood meets both. Extra mounts are made in
 //! a mount namespace of their own: the part that needs them is run again below `unshare -m`.
 
-use anyhow::{Context, bail, ensure};
+#[path = "support.rs"]
+mod support;
+
+use anyhow::{Context, ensure};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use support::{
+    Client, Daemon, Machine, children, mb, median, mounts, ms, proportional_kb, resident_kb, row, timed,
+};
 
 const CREATES: usize = 200;
 const RUNS: usize = 2000;
@@ -25,7 +28,6 @@ const EXTRA_MOUNTS: usize = 500;
 const BETWEEN_SESSIONS: Duration = Duration::from_millis(20);
 /// Rounds before measuring begins: caches, allocator arenas, the first page faults.
 const WARM_UP: usize = 20;
-const START_MAX: Duration = Duration::from_secs(20);
 /// What memory is given to settle in.
 const SETTLE: Duration = Duration::from_millis(500);
 /// The internal argument that asks for one comparison with extra mounts, made in the folder that follows.
@@ -47,48 +49,6 @@ fn main() -> anyhow::Result<()> {
     daemon(&machine, scratch.path())?;
     compare(&machine, scratch.path(), "as the host is")?;
     compare_with_extra_mounts(&machine, scratch.path())
-}
-
-/// What is measured.
-struct Machine {
-    execd: PathBuf,
-    bwrap: Option<PathBuf>,
-}
-
-impl Machine {
-    fn new() -> anyhow::Result<Self> {
-        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let execd = set("EXECD_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_execd").into());
-        let execd = execd.canonicalize().with_context(|| execd.display().to_string())?;
-        Ok(Self { execd, bwrap: set("BWRAP") })
-    }
-
-    fn describe(&self) {
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let release = read("/proc/sys/kernel/osrelease");
-        let load = read("/proc/loadavg");
-        let size = fs::metadata(&self.execd).map_or(0, |metadata| metadata.len());
-        println!("execd    {} ({:.1} MB)", self.execd.display(), size as f64 / 1e6);
-        println!(
-            "machine  {} CPUs, Linux {}, {} mounts, load {}",
-            std::thread::available_parallelism().map_or(0, usize::from),
-            release.trim(),
-            mounts(),
-            load.split(' ').next().unwrap_or_default(),
-        );
-        println!();
-    }
-
-    /// A command with an environment that costs no program anything: cargo's has a library search path.
-    fn command(program: &Path) -> Command {
-        let mut command = Command::new(program);
-        command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin").stdin(Stdio::null());
-        command
-    }
-}
-
-fn mounts() -> usize {
-    fs::read_to_string("/proc/self/mountinfo").map_or(0, |text| text.lines().count())
 }
 
 /// Everything that is asked of daemons: memory first, while one is fresh; then sessions that are made from the ground
@@ -290,198 +250,4 @@ fn with_extra_mounts(machine: &Machine, scratch: &Path) -> anyhow::Result<()> {
             .context("make a bind mount")?;
     }
     compare(machine, scratch, &format!("{EXTRA_MOUNTS} of them extra"))
-}
-
-/// A running `execd serve` with an upper root of its own.
-struct Daemon {
-    process: Child,
-    port: u16,
-    log: PathBuf,
-}
-
-impl Daemon {
-    fn start(machine: &Machine, scratch: &Path, setting: &str) -> anyhow::Result<Self> {
-        let config = scratch.join("isolation.toml");
-        fs::write(&config, format!("upper_root = {:?}\n{setting}\n", scratch.join("uppers")))?;
-        let log = scratch.join("execd.log");
-        let process = Machine::command(&machine.execd)
-            .args(["serve", "--listen", "127.0.0.1", "--port", "0", "--log-format", "json"])
-            .arg("--isolation-config")
-            .arg(config)
-            .stdout(File::create(&log)?)
-            .spawn()
-            .context("start execd")?;
-        let mut daemon = Self { process, port: 0, log };
-        let began = Instant::now();
-        while daemon.port == 0 {
-            ensure!(
-                daemon.process.try_wait()?.is_none(),
-                "execd ended:\n{}",
-                fs::read_to_string(&daemon.log)?
-            );
-            ensure!(began.elapsed() < START_MAX, "execd does not say that it listens");
-            std::thread::sleep(Duration::from_millis(10));
-            let port = daemon.log_values("listening", "port")?.first().copied().unwrap_or(0);
-            daemon.port = u16::try_from(port)?;
-        }
-        Ok(daemon)
-    }
-
-    /// A number from each record of one kind.
-    fn log_values(&self, message: &str, field: &str) -> anyhow::Result<Vec<u64>> {
-        let log = fs::read_to_string(&self.log)?;
-        let records =
-            log.lines().filter_map(|line| serde_json::from_str::<BTreeMap<String, Value>>(line).ok());
-        let of_kind = records.filter(|record| record.get("message").is_some_and(|found| found == message));
-        Ok(of_kind.filter_map(|record| record.get(field)?.as_u64()).collect())
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if let Ok(pid) = i32::try_from(self.process.id())
-            && let Some(pid) = rustix::process::Pid::from_raw(pid)
-        {
-            // It stops its sessions; there is nobody left to tell if it cannot.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            let _ = self.process.wait();
-        }
-    }
-}
-
-/// As much of HTTP/1.1 as is needed, on one connection; measures less of the client than a library would.
-struct Client {
-    stream: BufReader<TcpStream>,
-}
-
-struct Response {
-    status: u16,
-    body: Vec<u8>,
-}
-
-impl Response {
-    fn json(&self) -> anyhow::Result<Value> {
-        Ok(serde_json::from_slice(&self.body)?)
-    }
-}
-
-impl Client {
-    fn connect(port: u16) -> anyhow::Result<Self> {
-        let stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(START_MAX))?;
-        Ok(Self { stream: BufReader::new(stream) })
-    }
-
-    fn create(&mut self, request: &Value) -> anyhow::Result<String> {
-        let response = self.call("POST", "/v1/isolated/session", Some(&request.to_string()))?;
-        let body = response.json()?;
-        match (response.status, body.get("session_id").and_then(Value::as_str)) {
-            (201, Some(id)) => Ok(id.to_owned()),
-            (status, _) => bail!("create answered {status}: {body}"),
-        }
-    }
-
-    fn delete(&mut self, session: &str) -> anyhow::Result<()> {
-        let response = self.call("DELETE", &format!("/v1/isolated/session/{session}"), None)?;
-        ensure!(response.status == 200, "delete answered {}", response.status);
-        Ok(())
-    }
-
-    /// Sends a request and reads the answer to its end.
-    fn call(&mut self, method: &str, path: &str, body: Option<&str>) -> anyhow::Result<Response> {
-        let body = body.unwrap_or_default();
-        let length = body.len();
-        let request =
-            format!("{method} {path} HTTP/1.1\r\nHost: execd\r\nContent-Length: {length}\r\n\r\n{body}");
-        self.stream.get_mut().write_all(request.as_bytes())?;
-        let line = self.line()?;
-        let status =
-            line.split(' ').nth(1).and_then(|code| code.parse().ok()).with_context(|| line.clone())?;
-        let (mut length, mut chunked) = (0, false);
-        loop {
-            let line = self.line()?.to_ascii_lowercase();
-            match line.split_once(": ") {
-                _ if line.is_empty() => break,
-                Some(("content-length", value)) => length = value.parse()?,
-                Some(("transfer-encoding", value)) => chunked = value == "chunked",
-                _ => {}
-            }
-        }
-        let mut body = Vec::new();
-        if !chunked {
-            self.read(&mut body, length)?;
-        }
-        while chunked {
-            length = usize::from_str_radix(&self.line()?, 16)?;
-            self.read(&mut body, length)?;
-            ensure!(self.line()?.is_empty(), "a chunk is longer than it says");
-            chunked = length > 0;
-        }
-        Ok(Response { status, body })
-    }
-
-    fn line(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        ensure!(self.stream.read_line(&mut line)? > 0, "execd closed the connection");
-        Ok(line.trim_end_matches("\r\n").to_owned())
-    }
-
-    fn read(&mut self, body: &mut Vec<u8>, length: usize) -> anyhow::Result<()> {
-        let read = self.stream.by_ref().take(length as u64).read_to_end(body)?;
-        ensure!(read == length, "execd closed the connection within a body");
-        Ok(())
-    }
-}
-
-/// Processes whose parent is `pid`. The kernel's own list (/proc/PID/task/TID/children) is not always there.
-fn children(pid: u32) -> anyhow::Result<Vec<u32>> {
-    let mut children = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let Some(child) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // One that has just ended is no child any more.
-        if field(&format!("/proc/{child}/status"), "PPid:").is_ok_and(|parent| parent == u64::from(pid)) {
-            children.push(child);
-        }
-    }
-    Ok(children)
-}
-
-fn resident_kb(pid: u32) -> anyhow::Result<u64> {
-    field(&format!("/proc/{pid}/status"), "VmRSS:")
-}
-
-/// Shared pages count by their share (proc_pid_smaps(5)).
-fn proportional_kb(pid: u32) -> anyhow::Result<u64> {
-    field(&format!("/proc/{pid}/smaps_rollup"), "Pss:")
-}
-
-fn field(path: &str, name: &str) -> anyhow::Result<u64> {
-    let text = fs::read_to_string(path).with_context(|| path.to_owned())?;
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next());
-    Ok(value.with_context(|| format!("{path} has no {name}"))?.parse()?)
-}
-
-fn timed<T>(action: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<(T, Duration)> {
-    let began = Instant::now();
-    let outcome = action()?;
-    Ok((outcome, began.elapsed()))
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
-}
-
-fn ms(time: Duration) -> String {
-    format!("{:.2} ms", time.as_secs_f64() * 1e3)
-}
-
-fn mb(kb: u64) -> String {
-    format!("{:.2} MB", kb as f64 / 1e3)
-}
-
-fn row(what: &str, value: String, target: &str) {
-    let target = if target.is_empty() { String::new() } else { format!("   (target {target})") };
-    println!("{what:<44}{value:>10}{target}");
 }

@@ -30,6 +30,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::task::block_in_place;
 
 const SIGINT: i32 = 2;
 const SIGKILL: i32 = 9;
@@ -330,7 +331,11 @@ impl Shell {
             Some(leaf) => leaf.processes()?.iter().any(|pid| *pid != self.process.pid),
             None => false,
         };
-        if left_processes && self.process.ended.is_none() { self.move_shell_out() } else { Ok(()) }
+        if left_processes && self.process.ended.is_none() {
+            block_in_place(|| self.move_shell_out())
+        } else {
+            Ok(())
+        }
     }
 
     /// Asks a run to end: the shell by a signal whose trap leaves the code, its processes by SIGINT.
@@ -339,11 +344,26 @@ impl Shell {
         match self.process.dialect {
             Dialect::Bash => {
                 let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), INTERRUPT_SIGNAL);
+                // It may have stopped itself.
+                let _ = execd_sys::send_signal(self.process.pidfd.as_fd(), SIGCONT);
             }
             // Has no way to leave the code and stay.
             Dialect::Posix => self.kill_shell(),
         }
         self.signal_run(SIGINT);
+    }
+
+    /// Whether the shell is the only process of its run.
+    pub(super) fn runs_alone(&self) -> bool {
+        self.members().iter().all(|pid| *pid == self.process.pid)
+    }
+
+    /// The processes of the run.
+    fn members(&self) -> Vec<i32> {
+        match &self.process.leaf {
+            Some(leaf) => leaf.processes().unwrap_or_default(),
+            None => descendants(self.process.pid),
+        }
     }
 
     /// Kills the processes of a run, those included that ignore signals, are stopped or detached themselves,
@@ -354,7 +374,7 @@ impl Shell {
         if self.process.leaf.is_none() {
             return self.signal_run(SIGKILL);
         }
-        let killed = self.move_shell_out_keeping().and_then(|leaf| {
+        let killed = block_in_place(|| self.move_shell_out_keeping()).and_then(|leaf| {
             let Some(leaf) = leaf else { return Ok(()) };
             let members = leaf.processes().unwrap_or_default();
             let members = members.into_iter().take(AWAITED_MAX).filter_map(open_process).collect();
@@ -468,7 +488,8 @@ impl Shell {
         self.move_shell_out_keeping().map(drop)
     }
 
-    /// Moves the shell to a leaf of its own and returns the one it left.
+    /// Moves the shell to a leaf of its own and returns the one it left. Blocks: moving a process between cgroups can
+    /// take a grace period of RCU, some milliseconds.
     fn move_shell_out_keeping(&mut self) -> io::Result<Option<Cgroup>> {
         let Some(leaf) = self.new_leaf()? else { return Ok(None) };
         match leaf.adopt(self.process.pid) {
@@ -486,16 +507,13 @@ impl Shell {
     /// Sends a signal to the run's processes other than the shell. A pid is only a hint until a pidfd holds
     /// it: membership is looked up again after opening, so a reused number is never hit.
     fn signal_run(&self, signal: i32) {
-        let members = || match &self.process.leaf {
-            Some(leaf) => leaf.processes().unwrap_or_default(),
-            None => descendants(self.process.pid),
-        };
-        let held: Vec<(i32, OwnedFd)> = members()
+        let held: Vec<(i32, OwnedFd)> = self
+            .members()
             .into_iter()
             .filter(|pid| *pid != self.process.pid)
             .filter_map(|pid| Some((pid, open_process(pid)?)))
             .collect();
-        let still = members();
+        let still = self.members();
         for (_, pidfd) in held.iter().filter(|(pid, _)| still.contains(pid)) {
             let _ = execd_sys::send_signal(pidfd.as_fd(), signal);
         }

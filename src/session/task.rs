@@ -23,7 +23,7 @@ const DESTROY_MAX: Duration = Duration::from_secs(10);
 /// How long a dead session stays listed.
 const DEAD_KEPT: Duration = Duration::from_secs(60);
 /// How long a shell may take to report once the processes of its run are killed.
-const REPORT_AFTER_KILL_MAX: Duration = Duration::from_millis(15);
+const REPORT_AFTER_KILL_MAX: Duration = Duration::from_millis(8);
 /// How long a shell may take to note that the processes of its run are gone; there may be thousands.
 const SETTLE_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at whether killed processes are gone.
@@ -454,6 +454,10 @@ fn escalate(shell: &mut Shell, stopping: Stopping, spec: &RunSpec, grace: Durati
             shell.interrupt();
             let cause = Cause::TimedOut(spec.timeout.unwrap_or_default());
             (Stopping::Interrupted(cause), Instant::now() + grace)
+        }
+        Stopping::Interrupted(cause) if shell.runs_alone() => {
+            shell.kill_shell();
+            (Stopping::ShellKilled(cause), Instant::now() + FAR)
         }
         Stopping::Interrupted(cause) => {
             shell.kill_run();
