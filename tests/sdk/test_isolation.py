@@ -1,6 +1,7 @@
 """What users of the published SDK see of isolated sessions."""
 
 import asyncio
+import time
 import uuid
 
 import pytest
@@ -174,6 +175,37 @@ def test_run_once(isolation, workspace):
     assert execution.exit_code == 7
     assert (workspace / "note.txt").read_text() == "original\n"
     assert isolation.list() == []
+
+
+def finished(session, run_id):
+    """Waits for the end of a background run."""
+    for _ in range(500):
+        status = session.run_status(run_id)
+        if not status.running:
+            return status
+        time.sleep(0.02)
+    raise AssertionError(f"run {run_id} does not end")
+
+
+def test_a_background_run(session):
+    session.run("export GREETING=hello")
+    handle = session.run_background("echo $GREETING; echo err >&2; sleep 0.3; echo done; exit 4")
+    assert handle.session_id == session.session_id and uuid.UUID(handle.run_id)
+    assert session.run_status(handle.run_id).running
+    assert session.run("echo meanwhile").text == "meanwhile"
+    status = finished(session, handle.run_id)
+    assert (status.running, status.exit_code, status.error) == (False, 4, None)
+    assert status.started_at <= status.finished_at
+    logs = session.run_logs(handle.run_id)
+    assert logs.text == "hello\nerr\ndone\n"
+    assert logs.cursor == len(logs.text)
+    assert session.run_logs(handle.run_id, cursor=10).text == "done\n"
+
+
+def test_an_unknown_background_run(session):
+    unknown = str(uuid.uuid4())
+    assert api_error(session.run_status, unknown).status_code == 404
+    assert api_error(session.run_logs, unknown).status_code == 404
 
 
 def test_list_attach_get_delete(isolation, request_for, workspace):
