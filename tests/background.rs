@@ -241,6 +241,29 @@ fn its_log_is_whole_and_an_endless_one_keeps_its_end() {
 }
 
 #[test]
+fn a_flood_neither_hides_the_end_nor_resists_it() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let session = daemon.session("w");
+    let left_behind = start_code(&session, "yes & exit 5");
+    eventually("the run ends", || left_behind.status()["running"] == false);
+    assert_eq!(left_behind.status()["exit_code"], 5);
+    assert_eq!(daemon.request("DELETE", &left_behind.route(""), b"").status, 200);
+    let flood = start_code(&session, "yes");
+    // Somebody who reads its events and does not take them holds up nothing.
+    let unread = Stream::get(&daemon, &flood.route("/events"));
+    flood.says("y\ny\n");
+    session.run("echo beside").prints("beside\n");
+    assert_eq!(daemon.request("DELETE", &flood.route(""), b"").status, 200);
+    eventually("the run ends", || flood.status()["running"] == false);
+    assert_eq!(unread.finish().exit_code(), Some(137));
+    eventually("nobody writes any more", || {
+        let cursor = left_behind.log(u64::MAX).1;
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        left_behind.log(u64::MAX).1 == cursor
+    });
+}
+
+#[test]
 fn its_session_is_busy_as_long_and_ends_it() {
     let Some(daemon) = Setup::new().start() else { return };
     let mut body = workspace(&daemon.folder("w"), "rw");

@@ -162,6 +162,11 @@ impl Cgroup {
         }
     }
 
+    /// Removes it unless there are processes in it.
+    pub fn remove_if_empty(&self) {
+        let _ = remove_tree(&self.parent, &self.name);
+    }
+
     fn open(&self, file: &str, flags: OFlags) -> io::Result<OwnedFd> {
         Ok(openat(&self.dir, file, flags | OFlags::CLOEXEC, Mode::empty())?)
     }

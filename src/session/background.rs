@@ -10,6 +10,7 @@
 
 use super::control::ControlDir;
 use super::dialect::{Carried, Dialect};
+use super::process::{descendants, open_process, pid_of};
 use super::run::{End, Report, Run, RunSpec};
 use super::session::Session;
 use super::shell_io::{Stream, kept};
@@ -26,7 +27,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{Notify, RwLock, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, RwLock, Semaphore, mpsc, oneshot};
 
 /// Background runs of one session that may go on at once.
 pub(super) const RUNNING_MAX: usize = 16;
@@ -34,7 +35,8 @@ pub(super) const RUNNING_MAX: usize = 16;
 const ASK_MAX: Duration = Duration::from_secs(2);
 /// Bytes taken from a pipe at once: what one holds.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// The most that is read before other work of the runtime gets its turn; bytes.
+const SIGKILL: i32 = 9;
+/// The most that is read before anything else is looked at; bytes.
 const BURST_BYTES_MAX: usize = 1 << 20;
 
 /// What of a session is needed to start programs beside its shell.
@@ -46,8 +48,8 @@ pub(super) struct Inside {
     pub(super) dialect: Dialect,
 }
 
-/// A question to the session's task: where its shell is.
-pub(super) type Ask = oneshot::Sender<Option<Carried>>;
+/// A wish that the session's task finds out where its shell is; answered once that is as known as it will be.
+pub(super) type Ask = oneshot::Sender<()>;
 
 /// What a session has for its background runs.
 #[derive(Debug)]
@@ -55,6 +57,10 @@ pub(super) struct Background {
     /// `None` once the session ends. Whoever starts something holds it for as long, and the session waits for that.
     pub(super) inside: Arc<RwLock<Option<Inside>>>,
     pub(super) asks: mpsc::Sender<Ask>,
+    /// Where the shell was when it was last asked.
+    known: Mutex<Option<Carried>>,
+    /// One for each run that may go on.
+    slots: Arc<Semaphore>,
     /// Rung when the session's task should look for ends of programs.
     pub(super) attention: Notify,
     exits: Mutex<Exits>,
@@ -91,9 +97,16 @@ impl Background {
         Self {
             inside: Arc::new(RwLock::new(Some(inside))),
             asks,
+            known: Mutex::default(),
+            slots: Arc::new(Semaphore::new(RUNNING_MAX)),
             attention: Notify::new(),
             exits: Mutex::default(),
         }
+    }
+
+    /// Notes where the shell is.
+    pub(super) fn note_state(&self, state: Carried) {
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
     }
 
     /// Passes on how a program ended, if it is one of a background run.
@@ -178,10 +191,9 @@ impl Session {
         if inside.is_none() {
             return Err(dead());
         }
-        if self.runs.background_running() >= RUNNING_MAX {
-            return Err(BackgroundError::TooMany(RUNNING_MAX));
-        }
-        let state = self.ask().await;
+        let slot = Arc::clone(&self.background.slots).try_acquire_owned();
+        let slot = slot.map_err(|_| BackgroundError::TooMany(RUNNING_MAX))?;
+        let state = self.shell_state().await;
         let session = Arc::clone(self);
         let started = tokio::task::spawn_blocking(move || {
             let inside = inside.as_ref().ok_or_else(|| BackgroundError::Dead(session.reason()))?;
@@ -190,15 +202,21 @@ impl Session {
         let started = started.await.map_err(io::Error::other)??;
         let run = Arc::clone(&started.run);
         self.runs.add(Arc::clone(&run), self.run_buffer_bytes_max);
-        tokio::spawn(follow(Arc::clone(self), started));
+        tokio::spawn(follow(Arc::clone(self), started, slot));
         Ok(run)
     }
 
     /// Where the session's shell is, or was when it was last known.
-    async fn ask(&self) -> Option<Carried> {
-        let (answer, answered) = oneshot::channel();
-        self.background.asks.send(answer).await.ok()?;
-        tokio::time::timeout(ASK_MAX, answered).await.ok()?.ok()?
+    async fn shell_state(&self) -> Option<Carried> {
+        let ask = async {
+            let (answer, answered) = oneshot::channel();
+            if self.background.asks.send(answer).await.is_ok() {
+                let _ = answered.await;
+            }
+        };
+        // A shell that is being replaced is not waited for.
+        let _ = tokio::time::timeout(ASK_MAX, ask).await;
+        self.background.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn start(
@@ -272,86 +290,103 @@ fn input_file(bytes: &[u8]) -> io::Result<OwnedFd> {
 }
 
 /// Carries what a background run writes into its log and its journal, and notes its end.
-async fn follow(session: Arc<Session>, started: Started) {
+async fn follow(session: Arc<Session>, started: Started, slot: OwnedSemaphorePermit) {
     let Started { run, pipe, pidfd, leaf, mut ended, files, control, began } = started;
-    let mut output = match execd_sys::watch_readable(pipe) {
-        Ok(pipe) => Some(Arc::new(pipe)),
-        Err(error) => {
-            tracing::error!(session = %session.id, %error, "the output of a background run cannot be read");
-            None
-        }
-    };
-    let kill = || {
-        if leaf.as_ref().is_none_or(|leaf| leaf.kill().is_err()) {
-            let _ = execd_sys::send_signal(pidfd.as_fd(), 9);
-        }
-    };
+    let mut output = Output::new(pipe);
     let mut killed = false;
-    let mut status = None;
-    // Until its end, and then for what it left behind.
-    for to_journal in [true, false] {
-        loop {
-            let ready = async {
-                match &output {
-                    Some(output) => output.readable().await.map(|mut guard| guard.clear_ready()),
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                biased;
-                () = run.cancellation(), if !killed => {
-                    killed = true;
-                    kill();
-                    continue;
-                }
-                ended = &mut ended, if to_journal => {
-                    status = ended.ok();
-                    break;
-                }
-                _ = ready => {}
+    let status = loop {
+        tokio::select! {
+            biased;
+            () = run.cancellation(), if !killed => {
+                killed = true;
+                kill(leaf.as_ref(), &pidfd);
             }
-            output = drain(&run, output, to_journal).await;
-            if output.is_none() && !to_journal {
-                break;
+            status = &mut ended => break status.ok(),
+            () = output.ready() => output.take(&run, true).await,
+        }
+    };
+    // What it had written by its end; others may go on writing for ever.
+    output.take(&run, true).await;
+    let end = session.with_cause(status.map_or(End::SessionEnded, End::Exited), began);
+    let cpu = leaf.as_ref().and_then(|leaf| leaf.cpu_time().ok());
+    run.finish(Report { end, took: began.elapsed(), cpu });
+    for name in &files {
+        let _ = control.remove(name);
+    }
+    drop((control, slot));
+    session.background_ended();
+    while !output.is_at_end() {
+        tokio::select! {
+            biased;
+            () = run.cancellation(), if !killed => {
+                killed = true;
+                kill(leaf.as_ref(), &pidfd);
             }
+            () = output.ready() => output.take(&run, false).await,
         }
-        if to_journal {
-            // All it had written belongs to it.
-            output = drain(&run, output, true).await;
-            let end = session.with_cause(status.map_or(End::SessionEnded, End::Exited), began);
-            let cpu = leaf.as_ref().and_then(|leaf| leaf.cpu_time().ok());
-            run.finish(Report { end, took: began.elapsed(), cpu });
-            for name in &files {
-                let _ = control.remove(name);
-            }
-            session.background_ended();
-        }
-        if output.is_none() {
-            break;
-        }
+    }
+    if let Some(leaf) = leaf {
+        leaf.remove_if_empty();
     }
 }
 
-/// Takes what has been written, on a thread that may wait for a slow disk; `None` at the end of it. What is read after
-/// a readiness was cleared makes it ready again.
-async fn drain(
-    run: &Arc<Run>,
-    output: Option<Arc<AsyncFd<OwnedFd>>>,
-    to_journal: bool,
-) -> Option<Arc<AsyncFd<OwnedFd>>> {
-    let mut output = output?;
-    loop {
+/// Kills a background run, with everything that it started or that its shell has left behind.
+fn kill(leaf: Option<&Cgroup>, shell: &OwnedFd) {
+    if leaf.is_some_and(|leaf| leaf.kill().is_ok()) {
+        return;
+    }
+    let below = pid_of(shell).map(descendants).unwrap_or_default();
+    for process in below.into_iter().filter_map(open_process) {
+        let _ = execd_sys::send_signal(process.as_fd(), SIGKILL);
+    }
+    let _ = execd_sys::send_signal(shell.as_fd(), SIGKILL);
+}
+
+/// The pipe that a background run writes to.
+struct Output {
+    /// `None` at its end.
+    pipe: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// Whether the last look left something behind.
+    more: bool,
+}
+
+impl Output {
+    fn new(pipe: OwnedFd) -> Self {
+        let pipe = match execd_sys::watch_readable(pipe) {
+            Ok(pipe) => Some(Arc::new(pipe)),
+            Err(error) => {
+                tracing::error!(%error, "the output of a background run cannot be read");
+                None
+            }
+        };
+        Self { pipe, more: false }
+    }
+
+    fn is_at_end(&self) -> bool {
+        self.pipe.is_none()
+    }
+
+    /// Resolves when there is something to take; never at the end. Cancel safe.
+    async fn ready(&self) {
+        match &self.pipe {
+            Some(_) if self.more => {}
+            // What is written after this makes it ready again.
+            Some(pipe) => drop(pipe.readable().await.map(|mut guard| guard.clear_ready())),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes what has been written, up to a limit, on a thread that may wait for a slow disk.
+    async fn take(&mut self, run: &Arc<Run>, to_journal: bool) {
+        let Some(pipe) = self.pipe.take() else { return };
         let run = Arc::clone(run);
         let drained = tokio::task::spawn_blocking(move || {
-            let drained = drain_burst(&run, output.get_ref(), to_journal);
-            (output, drained)
+            let drained = drain(&run, pipe.get_ref(), to_journal);
+            (pipe, drained)
         });
-        let (file, drained) = drained.await.ok()?;
-        output = file;
-        match drained {
-            Drained::Empty => return Some(output),
-            Drained::Ended => return None,
-            Drained::More => {}
+        if let Ok((pipe, drained @ (Drained::Empty | Drained::More))) = drained.await {
+            self.more = matches!(drained, Drained::More);
+            self.pipe = Some(pipe);
         }
     }
 }
@@ -362,7 +397,7 @@ enum Drained {
     Ended,
 }
 
-fn drain_burst(run: &Run, output: &OwnedFd, to_journal: bool) -> Drained {
+fn drain(run: &Run, output: &OwnedFd, to_journal: bool) -> Drained {
     let mut taken = 0;
     while taken < BURST_BYTES_MAX {
         let mut chunk = Vec::with_capacity(CHUNK_BYTES);

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! As long as there are readers, nothing is dropped that one of them has not read; then the writer has to wait for room,
-//! and with it the run, whose pipe fills up. Without a reader the oldest events make room for new ones.
+//! and with it the run, whose pipe fills up. Without a reader, and in the journal of a background run, the oldest events
+//! make room for new ones, and a reader is told how many it has missed.
 //!
 //! Number 1 is the `init` event, which is not kept, since it says nothing but the run's id.
 
@@ -55,6 +56,7 @@ pub struct Journal {
     room: Notify,
     bytes_max: u64,
     partial_output: bool,
+    waits_for_readers: bool,
 }
 
 #[derive(Debug, Default)]
@@ -84,14 +86,15 @@ const OVERHEAD_BYTES: u64 = 128;
 
 impl Journal {
     /// An empty one that keeps about `bytes_max` bytes of output. `partial_output` makes events of pieces of lines as
-    /// they come.
-    pub(super) fn new(bytes_max: usize, partial_output: bool) -> Arc<Self> {
+    /// they come. The writer of one that `waits_for_readers` has to wait for [`Journal::room`].
+    pub(super) fn new(bytes_max: usize, partial_output: bool, waits_for_readers: bool) -> Arc<Self> {
         Arc::new(Self {
             inner: Mutex::new(Inner { next_seq: INIT_SEQ + 1, ..Inner::default() }),
             news: watch::Sender::new(()),
             room: Notify::new(),
             bytes_max: bytes_max as u64,
             partial_output,
+            waits_for_readers,
         })
     }
 
@@ -111,7 +114,7 @@ impl Journal {
         for piece in pieces {
             inner.push(Event::Output(stream, piece));
         }
-        inner.make_room(self.bytes_max);
+        self.make_room(&mut inner);
         drop(inner);
         self.news.send_replace(());
     }
@@ -128,7 +131,7 @@ impl Journal {
         }
         inner.push(Event::End(report));
         inner.ended = true;
-        inner.make_room(self.bytes_max);
+        self.make_room(&mut inner);
         drop(inner);
         self.news.send_replace(());
     }
@@ -166,6 +169,17 @@ impl Journal {
         Reader { journal: Arc::clone(self), id, next_seq, news: self.news.subscribe(), ended: false }
     }
 
+    /// Drops the oldest entries, as long as more than enough is left.
+    fn make_room(&self, inner: &mut Inner) {
+        let wanted = if self.waits_for_readers { inner.wanted() } else { u64::MAX };
+        while let Some(Kept { entry, end, .. }) = inner.entries.front() {
+            if inner.written - end < self.bytes_max || entry.seq + entry.count > wanted {
+                return;
+            }
+            inner.entries.pop_front();
+        }
+    }
+
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -181,17 +195,6 @@ impl Inner {
         let entry = Entry { seq: self.next_seq, count, at: SystemTime::now(), event };
         self.entries.push_back(Kept { entry, size, end: self.written });
         self.next_seq += count;
-    }
-
-    /// Drops the oldest entries that no reader still wants, as long as more than enough is left.
-    fn make_room(&mut self, bytes_max: u64) {
-        let wanted = self.wanted();
-        while let Some(Kept { entry, end, .. }) = self.entries.front() {
-            if self.written - end < bytes_max || entry.seq + entry.count > wanted {
-                return;
-            }
-            self.entries.pop_front();
-        }
     }
 
     fn kept(&self) -> u64 {
@@ -300,7 +303,7 @@ mod tests {
 
     #[test]
     fn events_are_numbered_and_can_be_read_from_anywhere() {
-        let journal = Journal::new(1000, false);
+        let journal = Journal::new(1000, false, true);
         journal.output(Stream::Stdout, Bytes::from("a\nb\nc"));
         journal.output(Stream::Stderr, Bytes::from("x\n"));
         journal.output(Stream::Stdout, Bytes::from("d\n"));
@@ -314,7 +317,7 @@ mod tests {
 
     #[test]
     fn readers_hold_up_the_writer_and_nobody_else_does() {
-        let journal = Journal::new(1000, false);
+        let journal = Journal::new(1000, false, true);
         let chunk = || Bytes::from(vec![b'x'; 600]);
         let mut reader = journal.read(0);
         journal.output(Stream::Stdout, chunk());
@@ -333,8 +336,15 @@ mod tests {
         let mut late = journal.read(0);
         let read = late.try_next().unwrap();
         assert!(read.missed > 10 && read.entry.seq == 2 + read.missed, "{read:?}");
+        let background = Journal::new(1000, false, false);
+        let mut slow = background.read(0);
+        for _ in 0..20 {
+            background.output(Stream::Stdout, Bytes::from(format!("{}\n", "x".repeat(400))));
+            assert!(background.bytes() < 3000);
+        }
+        assert!(slow.try_next().unwrap().missed > 10);
         // The newest stays, however small the limit.
-        let tiny = Journal::new(1, false);
+        let tiny = Journal::new(1, false, true);
         tiny.output(Stream::Stdout, Bytes::from_static(b"lost\n"));
         tiny.output(Stream::Stdout, Bytes::from_static(b"kept\n"));
         tiny.end(report());

@@ -64,11 +64,14 @@ impl Log {
         let mut kept_from = start;
         if end - start > LOG_BYTES_MAX + STEP_BYTES {
             kept_from = (end - LOG_BYTES_MAX) / STEP_BYTES * STEP_BYTES;
+        }
+        // Before the hole is made, so that who reads it can tell.
+        *self.extent() = Extent { start: kept_from, end };
+        if kept_from > start {
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             // Where the file system cannot, the log takes more room than it should and reads the same.
             let _ = fallocate(&self.file, punch, start, kept_from - start);
         }
-        *self.extent() = Extent { start: kept_from, end };
         Ok(())
     }
 
@@ -78,17 +81,15 @@ impl Log {
     /// # Errors
     /// Those of pread(2).
     pub fn read(&self, cursor: u64) -> io::Result<Part> {
-        loop {
-            let Extent { start, end } = *self.extent();
-            let from = cursor.clamp(start, end);
-            let length = (end - from).min(LOG_BYTES_MAX);
-            let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
-            self.file.read_exact_at(&mut bytes, from)?;
-            // What was given back meanwhile would read as zeros.
-            if self.extent().start <= from {
-                return Ok(Part { bytes, next: from + length });
-            }
-        }
+        let Extent { start, end } = *self.extent();
+        let from = cursor.clamp(start, end);
+        let length = (end - from).min(LOG_BYTES_MAX);
+        let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+        self.file.read_exact_at(&mut bytes, from)?;
+        // What was given back meanwhile reads as zeros.
+        let lost = self.extent().start.saturating_sub(from).min(length);
+        bytes.drain(..usize::try_from(lost).map_err(io::Error::other)?);
+        Ok(Part { bytes, next: from + length })
     }
 
     fn extent(&self) -> MutexGuard<'_, Extent> {

@@ -19,6 +19,7 @@ mod oom;
 pub mod options;
 pub mod prepare;
 pub mod probe;
+mod process;
 pub mod registry;
 pub mod run;
 #[expect(clippy::module_inception, reason = "the session itself, in the module about sessions")]

@@ -310,7 +310,6 @@ impl Registry {
             queue: queue_receiver,
             asks: asks_receiver,
             stop: stop_receiver,
-            known: None,
             ask_at: None,
         };
         self.sessions().insert(id, Entry { session: Arc::clone(&session), gone });

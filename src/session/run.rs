@@ -164,13 +164,13 @@ pub struct Outcome {
 impl Run {
     /// A run in the foreground.
     pub(super) fn foreground(spec: &RunSpec, buffer_bytes_max: usize) -> Arc<Self> {
-        let journal = Journal::new(buffer_bytes_max, spec.partial_output);
+        let journal = Journal::new(buffer_bytes_max, spec.partial_output, true);
         Self::new(journal, None, spec.cancel_on_disconnect)
     }
 
     /// A run in the background.
     pub(super) fn background(log: Log, buffer_bytes_max: usize) -> Arc<Self> {
-        Self::new(Journal::new(buffer_bytes_max, false), Some(log), false)
+        Self::new(Journal::new(buffer_bytes_max, false, false), Some(log), false)
     }
 
     fn new(journal: Arc<Journal>, log: Option<Log>, cancel_on_disconnect: bool) -> Arc<Self> {

@@ -16,16 +16,15 @@
 use super::background::Inside;
 use super::control::ControlDir;
 use super::dialect::{self, Carried, Dialect, INTERRUPT_SIGNAL, name};
+use super::process::{descendants, has_ended, open_process, pid_of};
 use super::shell_io::ShellIo;
 use crate::sandbox::cgroup::{Cgroup, CpuTime};
 use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox, Started};
 use crate::sandbox::launcher::Launcher;
 use crate::sandbox::spec::SandboxSpec;
 use execd_init_shim::messages::ExitStatus;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -566,36 +565,4 @@ pub(super) struct Timings {
 fn token() -> String {
     let (_, random) = uuid::Uuid::new_v4().as_u64_pair();
     format!("{random:016x}")
-}
-
-fn open_process(pid: i32) -> Option<OwnedFd> {
-    pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()
-}
-
-/// Whether the process behind a pidfd has ended, waited for or not (pidfd_open(2)).
-fn has_ended(pidfd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
-}
-
-/// The pid behind a pidfd, as this process numbers it (proc_pid_fdinfo(5)).
-fn pid_of(pidfd: &OwnedFd) -> io::Result<i32> {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-    info.lines()
-        .find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok())
-        .ok_or_else(|| io::Error::other("fdinfo of a pidfd has no pid"))
-}
-
-/// All processes below `pid` that did not lose their parents.
-fn descendants(pid: i32) -> Vec<i32> {
-    let mut found = Vec::new();
-    let mut open = vec![pid];
-    while let Some(pid) = open.pop() {
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-        let children = children.unwrap_or_default();
-        let children: Vec<i32> = children.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        found.extend(&children);
-        open.extend(children);
-    }
-    found
 }

@@ -2,7 +2,6 @@
 //! stop.
 
 use super::background::Ask;
-use super::dialect::Carried;
 use super::options::SessionOptions;
 use super::run::{End, Queued, Report, Run, RunSpec};
 use super::session::Session;
@@ -69,9 +68,7 @@ pub(super) struct Task {
     pub(super) queue: mpsc::Receiver<Queued>,
     pub(super) asks: mpsc::Receiver<Ask>,
     pub(super) stop: watch::Receiver<bool>,
-    /// Where the shell was when it was last asked.
-    pub(super) known: Option<Carried>,
-    /// When it is to be asked next.
+    /// When the shell is to be asked next where it is.
     pub(super) ask_at: Option<Instant>,
 }
 
@@ -160,12 +157,12 @@ impl Task {
                 Next::Run(queued) => self.run(queued).await.err(),
                 Next::Ask(ask) => {
                     self.ask_shell().await;
-                    let _ = ask.send(self.known.clone());
-                    None
+                    let _ = ask.send(());
+                    self.attend().await
                 }
                 Next::AskYourself => {
                     self.ask_shell().await;
-                    None
+                    self.attend().await
                 }
                 Next::Attend(Ok(())) => self.attend().await,
                 Next::Look => {
@@ -221,7 +218,7 @@ impl Task {
         }
         tell_ends(shell, &self.session);
         if let Some(known) = shell.asked() {
-            self.known = Some(known);
+            self.session.background.note_state(known);
         }
         shell.note_cpu();
     }
@@ -242,7 +239,6 @@ impl Task {
                     session: &self.session,
                     config: &self.config,
                     asks: &mut self.asks,
-                    known: &self.known,
                     stop: &mut self.stop,
                 };
                 course.conduct(shell, spec, run).await
@@ -364,7 +360,6 @@ struct Course<'a> {
     session: &'a Session,
     config: &'a config::Session,
     asks: &'a mut mpsc::Receiver<Ask>,
-    known: &'a Option<Carried>,
     stop: &'a mut watch::Receiver<bool>,
 }
 
@@ -404,7 +399,7 @@ impl Course<'_> {
                     stopping = Stopping::Interrupted(Cause::Cancelled);
                     deadline = Instant::now() + grace;
                 }
-                Some(ask) = self.asks.recv() => drop(ask.send(self.known.clone())),
+                Some(ask) = self.asks.recv() => drop(ask.send(())),
                 () = self.session.background.attention.notified() => shell.io.sandbox_spoke = true,
                 () = run.journal.room(), if reading && shell.io.has_output() => {
                     if let Some((stream, chunk)) = shell.io.read_output() {
