@@ -103,7 +103,7 @@ impl Default for Session {
             waiting_runs_max: 16,
             interrupt_grace_ms: 1000,
             shell_start_max_ms: 10_000,
-            run_buffer_max_bytes: 1 << 20,
+            run_buffer_max_bytes: 256 << 10,
             spares: 2,
         }
     }

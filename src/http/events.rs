@@ -34,20 +34,21 @@ pub async fn respond(mut attachment: Attachment, after: u64, ping_interval: Dura
         renderer.init(attachment.run().started_at, id);
     }
     if let Ok(Some(read)) = tokio::time::timeout(FIRST_EVENT_WAIT, attachment.reader.next()).await {
-        renderer.read(&read);
+        renderer.read(read);
     }
     let stream = futures_util::stream::unfold(Some((attachment, renderer)), move |state| async move {
         let (mut attachment, mut renderer) = state?;
+        renderer.render_output();
         if renderer.is_empty() && !renderer.ended {
             match tokio::time::timeout(ping_interval, attachment.reader.next()).await {
                 Err(_) => renderer.ping(),
-                Ok(Some(read)) => renderer.read(&read),
+                Ok(Some(read)) => renderer.read(read),
                 Ok(None) => return None,
             }
         }
-        while !renderer.ended && renderer.len() < CHUNK_BYTES_MAX {
+        while renderer.wants_more() {
             let Some(read) = attachment.reader.try_next() else { break };
-            renderer.read(&read);
+            renderer.read(read);
         }
         let chunk = renderer.take();
         let next = (!renderer.ended).then_some((attachment, renderer));
@@ -200,11 +201,21 @@ fn signal_text(signal: i32) -> String {
     }
 }
 
-/// Turns events into frames.
+/// Turns events into frames. Short lines grow many times over, so output is rendered a chunk of the body at a time.
 #[derive(Default)]
 struct Renderer {
     frames: Vec<u8>,
+    output: Option<Output>,
     ended: bool,
+}
+
+/// Output that is being rendered.
+struct Output {
+    stream: Stream,
+    at: SystemTime,
+    /// The number of the first event in what is left.
+    seq: u64,
+    left: Bytes,
 }
 
 impl Renderer {
@@ -212,8 +223,10 @@ impl Renderer {
         self.frames.is_empty()
     }
 
-    fn len(&self) -> usize {
-        self.frames.len()
+    /// Whether there is room in the chunk and nothing else to fill it with.
+    fn wants_more(&mut self) -> bool {
+        self.render_output();
+        !self.ended && self.output.is_none()
     }
 
     fn take(&mut self) -> Bytes {
@@ -228,38 +241,64 @@ impl Renderer {
         self.frame(&Frame { text: "pong", ..Frame::new("ping", SystemTime::now()) });
     }
 
-    fn read(&mut self, read: &Read) {
+    fn read(&mut self, read: Read) {
         if read.missed > 0 {
             let text = format!("{} earlier events are no longer kept", read.missed);
             self.frame(&Frame { text: &text, ..Frame::new("status", SystemTime::now()) });
         }
-        match &read.entry.event {
-            Event::Output(stream, bytes) => self.output(*stream, bytes, read),
-            Event::End(report) => self.end(report, read),
+        match read.entry.event {
+            Event::Output(stream, left) => {
+                self.output = Some(Output { stream, at: read.entry.at, seq: read.entry.seq, left });
+                self.skip(read.skip);
+                self.render_output();
+            }
+            Event::End(report) => self.end(report, read.entry.at, read.entry.seq),
         }
     }
 
-    fn output(&mut self, stream: Stream, bytes: &[u8], read: &Read) {
+    fn skip(&mut self, events: u64) {
+        for _ in 0..events {
+            let _ = self.next_line();
+        }
+    }
+
+    /// The next line of the output, with its number.
+    fn next_line(&mut self) -> Option<(u64, Bytes)> {
+        let output = self.output.as_mut()?;
+        let end = memchr::memchr(b'\n', &output.left).map_or(output.left.len(), |newline| newline + 1);
+        let line = output.left.split_to(end);
+        let seq = output.seq;
+        output.seq += 1;
+        (!line.is_empty()).then_some((seq, line))
+    }
+
+    /// Renders output until the chunk is full.
+    fn render_output(&mut self) {
+        let Some(Output { stream, at, .. }) = self.output else { return };
         let kind = match stream {
             Stream::Stdout => "stdout",
             Stream::Stderr => "stderr",
         };
-        let mut frame = Frame::new(kind, read.entry.at);
-        let lines = bytes.split_inclusive(|byte| *byte == b'\n');
-        for (seq, line) in (read.entry.seq..).zip(lines).skip(read.skip as usize) {
-            let text = String::from_utf8_lossy(line);
-            frame.seq = Some(seq);
-            self.frame(&Frame { text: &text, error: None, report: None, ..frame });
+        while self.frames.len() < CHUNK_BYTES_MAX {
+            let Some((seq, line)) = self.next_line() else {
+                self.output = None;
+                return;
+            };
+            self.frame(&Frame {
+                text: &String::from_utf8_lossy(&line),
+                seq: Some(seq),
+                ..Frame::new(kind, at)
+            });
         }
     }
 
-    fn end(&mut self, report: &Report, read: &Read) {
+    fn end(&mut self, report: Report, at: SystemTime, seq: u64) {
         let failure = Failure::of(report.end);
         let frame = Frame {
             execution_time: Some(report.took.as_millis() as u64),
-            seq: Some(read.entry.seq),
-            report: Some((*report).into()),
-            ..Frame::new("execution_complete", read.entry.at)
+            seq: Some(seq),
+            report: Some(report.into()),
+            ..Frame::new("execution_complete", at)
         };
         match &failure {
             None => self.frame(&frame),
@@ -286,7 +325,7 @@ mod tests {
     fn frame(event: Event, seq: u64, skip: u64) -> Vec<serde_json::Value> {
         let mut renderer = Renderer::default();
         let entry = Entry { seq, count: 1, at: SystemTime::now(), event };
-        renderer.read(&Read { entry, skip, missed: 0 });
+        renderer.read(Read { entry, skip, missed: 0 });
         let all = String::from_utf8(renderer.take().to_vec()).unwrap();
         all.trim_end().split("\n\n").map(|frame| serde_json::from_str(frame).unwrap()).collect()
     }
@@ -302,6 +341,25 @@ mod tests {
         );
         assert!(frames.iter().all(|frame| frame["type"] == "stderr"));
         assert_eq!(frame(output, 7, 2)[0]["seq"], 9);
+    }
+
+    #[test]
+    fn many_short_lines_are_rendered_a_chunk_at_a_time() {
+        let mut renderer = Renderer::default();
+        let bytes = Bytes::from("y\n".repeat(30_000));
+        let event = Event::Output(Stream::Stdout, bytes);
+        let entry = Entry { seq: 2, count: 30_000, at: SystemTime::now(), event };
+        renderer.read(Read { entry, skip: 0, missed: 0 });
+        let (mut frames, mut chunks) = (0, 0);
+        while !renderer.is_empty() {
+            assert!(!renderer.wants_more() || renderer.output.is_none());
+            let chunk = renderer.take();
+            assert!(chunk.len() < CHUNK_BYTES_MAX + 1000);
+            frames += String::from_utf8(chunk.to_vec()).unwrap().matches("\n\n").count();
+            chunks += 1;
+            renderer.render_output();
+        }
+        assert!(frames == 30_000 && chunks > 4, "{frames} {chunks}");
     }
 
     #[test]
