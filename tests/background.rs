@@ -299,6 +299,27 @@ fn when_the_session_dies_the_run_says_so() {
 }
 
 #[test]
+fn a_program_that_is_stopped_while_it_starts_costs_its_session_and_no_other() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let (hostile, other) = (daemon.session("w"), daemon.session("other"));
+    // Whatever comes next is stopped before it is executed.
+    let code = "echo go; for ((;;)); do kill -STOP $(($(cut -d' ' -f5 /proc/loadavg) + 1)) $(($(cut -d' ' -f5 /proc/loadavg) + 2)); done 2>/dev/null";
+    let run = hostile.open_until(&json!({"code": code}), "go");
+    std::thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| daemon.post(&hostile.route("/run"), &json!({"code": ":", "background": true})));
+        }
+        for _ in 0..20 {
+            other.run("echo free").prints("free\n");
+            assert_eq!(start_code(&other, "echo free").finish().1, "free\n");
+        }
+        daemon.session("third").delete();
+        hostile.delete();
+    });
+    drop(run);
+}
+
+#[test]
 fn what_is_wrong_is_refused() {
     let Some(daemon) = Setup::new().start() else { return };
     let session = daemon.session("w");

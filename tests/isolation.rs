@@ -423,3 +423,76 @@ for family in (socket.AF_UNIX, 40):
     const EAFNOSUPPORT: i32 = 97;
     session.run(code).prints(&format!("None\n{EAFNOSUPPORT}\n"));
 }
+
+#[test]
+fn links_lead_no_workspace_to_what_is_not_for_it() {
+    use std::os::unix::fs::symlink;
+    let Some(daemon) = Setup::new().setting("session.spares = 0").start() else { return };
+    let folder = daemon.folder("w");
+    let other = daemon.create(&workspace(&daemon.folder("other"), "overlay"));
+    other.output("echo SECRET >secret");
+    for (name, target) in
+        [("proc", "/proc"), ("sys", "/sys"), ("dev", "/dev"), ("run", "/run"), ("root", "/")]
+    {
+        symlink(target, folder.join(name)).unwrap();
+        for mode in ["rw", "ro", "overlay"] {
+            let answer = daemon.post_session(&workspace(&folder.join(name), mode));
+            if (name, mode) == ("root", "ro") {
+                // As it is when it is named directly.
+                assert_eq!(answer.status, 201, "{}", answer.text());
+                continue;
+            }
+            let (status, _, message) = answer.failure();
+            assert!(status == 400 && message.starts_with("workspace.path: "), "{name} {mode}: {message}");
+        }
+        let mut body = workspace(&folder, "rw");
+        body["binds"] = json!([{"source": folder, "dest": folder.join(name)}]);
+        assert_eq!(daemon.post_session(&body).failure().0, 400, "bind on {name}");
+    }
+    // The folder of all uppers, by another name.
+    symlink(daemon.dir.path(), folder.join("above")).unwrap();
+    let session = daemon.create(&workspace(&folder.join("above"), "ro"));
+    let seen = session.run("pwd; cat $PWD/uppers/*/0/upper/secret; ls uppers").raw();
+    assert!(!seen.contains("SECRET"), "{seen}");
+}
+
+#[test]
+fn links_that_change_while_a_workspace_is_made_lead_nowhere() {
+    use std::os::unix::fs::{MetadataExt, symlink};
+    let Some(daemon) = Setup::new().setting("session.spares = 0").start() else { return };
+    let (shared, victim) = (daemon.folder("shared"), daemon.folder("victim"));
+    std::fs::write(victim.join("file"), "").unwrap();
+    std::fs::create_dir_all(victim.join("dir/kept")).unwrap();
+    symlink(&victim, shared.join("link")).unwrap();
+    std::fs::create_dir(shared.join("dir")).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            let (link, dir) = (shared.join("link"), shared.join("dir"));
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                renameat_with(CWD, &link, CWD, &dir, RenameFlags::EXCHANGE).unwrap();
+            }
+        });
+        for _ in 0..150 {
+            for name in ["file", "dir"] {
+                let mut body = workspace(&shared.join("dir").join(name), "rw");
+                body["uid"] = json!(OTHER_ID);
+                let answer = daemon.post_session(&body);
+                if answer.status == 201 {
+                    let id = answer.json()["session_id"].as_str().unwrap().to_owned();
+                    daemon.request("DELETE", &format!("/v1/isolated/session/{id}"), b"");
+                }
+                for place in [shared.join("dir"), shared.join("link")] {
+                    if !place.is_symlink() {
+                        let _ = std::fs::remove_dir(place.join(name));
+                    }
+                }
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    for name in ["file", "dir"] {
+        assert_eq!(std::fs::metadata(victim.join(name)).unwrap().uid(), 0, "{name} was given away");
+    }
+}

@@ -80,6 +80,9 @@ fn a_session_made_of_a_spare_is_like_any_other() {
     similar(&told(&spare), &expected);
     spare.run("touch \"deep it's/through\" here; ls").prints("deep it's\nhere\n");
     assert!(daemon.path("one/deep it's/through").exists() && !daemon.path("one/here").exists());
+    // Also after its shell had to be replaced without a word of where it was.
+    assert_eq!(spare.run("cd /; kill -9 $$").exit_code(), Some(137));
+    spare.run("pwd").prints(&format!("{}\n", daemon.path("one").display()));
 }
 
 /// Compares line by line, which shows what differs.

@@ -35,6 +35,9 @@ pub struct Detached {
     pub dest: PathBuf,
     /// Whether its root is a directory.
     pub is_directory: bool,
+    /// Whether links on the way there are followed: only for the sandbox's own places. Those of a caller are resolved
+    /// beforehand, and a link that appears later must not lead them anywhere.
+    pub follows_links: bool,
 }
 
 /// Makes the mount of a step that shows a part of this process's file system: a bind, or an overlay whose upper is a
@@ -55,7 +58,7 @@ pub fn detach(step: &MountStep) -> Result<Detached, Failure> {
                     upper: source(&root, upper)?,
                     work: source(&root, work)?,
                 };
-                Ok(Detached::directory(layers.mount("/proc/self/fd/", false)?, dest))
+                Ok(Detached::of_caller(layers.mount("/proc/self/fd/", false)?, dest, true))
             }
             _ => Err(CallError::what("it can only be made in the sandbox")),
         }
@@ -65,13 +68,26 @@ pub fn detach(step: &MountStep) -> Result<Detached, Failure> {
 
 impl Detached {
     pub(crate) fn directory(mount: OwnedFd, dest: &Path) -> Self {
-        Self { mount, dest: dest.into(), is_directory: true }
+        Self { mount, dest: dest.into(), is_directory: true, follows_links: true }
+    }
+
+    pub(crate) fn of_caller(mount: OwnedFd, dest: &Path, is_directory: bool) -> Self {
+        Self { mount, dest: dest.into(), is_directory, follows_links: false }
+    }
+
+    fn open(&self, root: BorrowedFd<'_>, path: &Path) -> Outcome<OwnedFd> {
+        if self.follows_links {
+            return open_beneath(root, path);
+        }
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+        openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+            .call(|| format!("openat2({path:?}, RESOLVE_NO_SYMLINKS)"))
     }
 
     /// Attaches it below `root`. A mount point that does not exist is made, which works wherever an earlier mount is
     /// writable.
     pub(crate) fn attach(&self, root: BorrowedFd<'_>) -> Outcome<()> {
-        let target = match open_beneath(root, &self.dest) {
+        let target = match self.open(root, &self.dest) {
             Err(error) if error.is(Errno::NOENT) => self.make_mount_point(root)?,
             other => other?,
         };
@@ -90,7 +106,7 @@ impl Detached {
             walked.push(name);
             let name = name.as_os_str();
             let last = components.peek().is_none();
-            parent = match open_beneath(root, &walked) {
+            parent = match self.open(root, &walked) {
                 Err(error) if error.is(Errno::NOENT) => {
                     if last && !self.is_directory {
                         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
@@ -99,7 +115,7 @@ impl Detached {
                     } else {
                         mkdirat(&parent, name, Mode::from(0o755)).call(|| format!("mkdir({walked:?})"))?;
                     }
-                    open_beneath(root, &walked)?
+                    self.open(root, &walked)?
                 }
                 other => other?,
             };
@@ -129,7 +145,7 @@ pub(crate) fn bind(
     // A clone belongs to the peer group of its source.
     mount_setattr(mount.as_fd(), SELF, recursive, attr, Propagation::Private)
         .call(|| format!("mount_setattr(mount, {attr:?}, MS_PRIVATE)"))?;
-    Ok(Detached { mount, dest: dest.into(), is_directory })
+    Ok(Detached::of_caller(mount, dest, is_directory))
 }
 
 /// The directories of an overlay.

@@ -143,7 +143,7 @@ impl Builder {
                 Ok(vec![bind(&self.old, source, dest, *read_only, *recursive)?])
             }
             MountStep::Overlay { lower, upper, dest } => {
-                Ok(vec![Detached::directory(self.overlay(lower, upper)?, dest)])
+                Ok(vec![Detached::of_caller(self.overlay(lower, upper)?, dest, true)])
             }
             MountStep::Tmpfs { dest, mode, bytes_max, inodes_max } => {
                 let mount = tmpfs(*mode, *bytes_max, *inodes_max, NOSUID_NODEV)?;
@@ -269,7 +269,12 @@ impl Builder {
         let mut bound = Vec::new();
         for (name, major, minor) in DEVICES {
             if let Some(mount) = self.device(&dev, name, makedev(major, minor))? {
-                bound.push(Detached { mount, dest: dest.join(name), is_directory: false });
+                bound.push(Detached {
+                    mount,
+                    dest: dest.join(name),
+                    is_directory: false,
+                    follows_links: true,
+                });
             }
         }
         for (name, target) in [

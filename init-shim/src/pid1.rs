@@ -237,7 +237,7 @@ fn attach(
     for Place { dest, is_directory } in places {
         let step = || format!("attach {}", dest.display());
         let mount = mounts.next().ok_or_else(|| Failure::check(step(), "a mount is missing"))?;
-        let detached = Detached { mount, dest: dest.clone(), is_directory };
+        let detached = Detached { mount, dest: dest.clone(), is_directory, follows_links: false };
         detached.attach(root.as_fd()).map_err(|error| error.of(step()))?;
     }
     Ok(())

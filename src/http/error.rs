@@ -10,6 +10,7 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
+use std::io::ErrorKind;
 
 /// Everything a handler can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +21,9 @@ pub enum ApiError {
     /// The body is not the JSON that was expected.
     #[error("{0}")]
     Body(String),
+    /// The body did not come in time.
+    #[error("the body did not come in time")]
+    BodyTimedOut,
     /// The body is larger than allowed; bytes.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
@@ -35,9 +39,6 @@ pub enum ApiError {
     /// The run has no log.
     #[error("a foreground run has no log; its events are at …/events")]
     NoLog,
-    /// The log cannot be read.
-    #[error("read the log")]
-    Log(#[source] std::io::Error),
     /// A session could not be created.
     #[error(transparent)]
     Create(#[from] CreateError),
@@ -64,13 +65,13 @@ impl ApiError {
         match self {
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED"),
             Self::Body(_) => INVALID,
+            Self::BodyTimedOut => (StatusCode::REQUEST_TIMEOUT, "INVALID_REQUEST_BODY"),
             Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "INVALID_REQUEST_BODY"),
             // As the original, which finds these while it builds the session.
             Self::Option(error) if error.field == "profile" => (StatusCode::BAD_REQUEST, "RUNTIME_ERROR"),
             Self::Option(_) => INVALID,
             Self::NoSession(_) | Self::NoRun(_) => NOT_FOUND,
             Self::NoLog => INVALID,
-            Self::Log(_) => FAILED,
             Self::Create(error) => match error {
                 CreateError::Unavailable(_) => UNAVAILABLE,
                 CreateError::NotSupported(_) => NOT_SUPPORTED,
@@ -102,6 +103,9 @@ impl ApiError {
             Self::Run(RunRefused::Dead(_)) => NOT_FOUND,
             Self::Background(BackgroundError::TooMany(_)) => TOO_MANY,
             Self::Background(BackgroundError::Dead(_)) => NOT_FOUND,
+            Self::Background(BackgroundError::Io(error)) if error.kind() == ErrorKind::StorageFull => {
+                (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR")
+            }
             Self::Background(BackgroundError::Launch(_) | BackgroundError::Io(_)) => FAILED,
         }
     }

@@ -10,6 +10,10 @@ use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::fmt;
 use std::marker::PhantomData;
+use std::time::Duration;
+
+/// How long a client may take to send a body.
+const BODY_READ_MAX: Duration = Duration::from_secs(60);
 
 /// A decoded body.
 #[derive(Debug)]
@@ -20,7 +24,9 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         let bytes_max = app.registry.foundation().config.http.body_max_bytes;
-        let body = Limited::new(request.into_body(), bytes_max).collect().await.map_err(|error| {
+        let body = Limited::new(request.into_body(), bytes_max).collect();
+        let body = tokio::time::timeout(BODY_READ_MAX, body).await.map_err(|_| ApiError::BodyTimedOut)?;
+        let body = body.map_err(|error| {
             if error.downcast_ref::<LengthLimitError>().is_some() {
                 ApiError::TooLarge(bytes_max)
             } else {

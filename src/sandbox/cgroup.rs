@@ -162,6 +162,13 @@ impl Cgroup {
         }
     }
 
+    /// Removes the leaves with numbers for names that have no processes in them.
+    pub fn remove_empty_leaves(&self) {
+        for name in subdirectories(&self.dir).iter().filter(|name| name.parse::<u32>().is_ok()) {
+            let _ = unlinkat(&self.dir, name.as_str(), AtFlags::REMOVEDIR);
+        }
+    }
+
     /// Removes it unless there are processes in it.
     pub fn remove_if_empty(&self) {
         let _ = remove_tree(&self.parent, &self.name);

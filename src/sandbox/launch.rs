@@ -16,6 +16,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::Signal;
 use std::collections::VecDeque;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -97,6 +98,8 @@ pub struct Sandbox {
 #[derive(Debug, Default)]
 struct State {
     programs: u32,
+    /// Where programs start, if not where the spec says.
+    cwd: Option<PathBuf>,
     /// Ends that arrived while something else was waited for.
     exits: VecDeque<(u32, ExitStatus)>,
 }
@@ -210,7 +213,7 @@ impl Sandbox {
         let view = Some(View { root: answer.fd()?, mount_namespace: answer.fd()? });
         let control = if has_control { Some(answer.fd()?) } else { None };
         std::mem::forget(guard);
-        let state = Mutex::new(State { programs: FIRST_PROGRAM, exits: VecDeque::new() });
+        let state = Mutex::new(State { programs: FIRST_PROGRAM, cwd: None, exits: VecDeque::new() });
         let sandbox = Self { spec, channel, pidfd, pid, view, control, clone_us, assembled_us, state };
         let started = sandbox.await_start(&mut sandbox.state(), FIRST_PROGRAM)?;
         Ok((sandbox, started))
@@ -229,8 +232,13 @@ impl Sandbox {
         let mut state = self.state();
         state.programs += 1;
         let id = state.programs;
-        request_start(&self.channel, &self.spec, id, program)?;
-        self.await_start(&mut state, id)
+        request_start(&self.channel, &self.spec, state.cwd.as_deref(), id, program)?;
+        let started = self.await_start(&mut state, id);
+        if matches!(started, Err(LaunchError::TimedOut)) {
+            // Code inside may have stopped what was being started, and init waits for that: it is of no use any more.
+            self.kill();
+        }
+        started
     }
 
     fn await_start(&self, state: &mut State, id: u32) -> Result<Started, LaunchError> {
@@ -245,6 +253,11 @@ impl Sandbox {
                 _ => {}
             }
         }
+    }
+
+    /// Programs start in this folder from now on, a path inside.
+    pub fn start_in(&self, cwd: &Path) {
+        self.state().cwd = Some(cwd.into());
     }
 
     /// Makes further mounts and has them attached, in order. For those that [`super::profile::split`] finds.
@@ -344,24 +357,25 @@ const FIRST_PROGRAM: u32 = 1;
 /// the sockets.
 fn asked_to_start(spec: &SandboxSpec, first: ProgramStart<'_>) -> Result<(Channel, Channel), LaunchError> {
     let (ours, theirs) = Channel::pair()?;
-    request_start(&ours, spec, FIRST_PROGRAM, first)?;
+    request_start(&ours, spec, None, FIRST_PROGRAM, first)?;
     Ok((ours, theirs))
 }
 
 fn request_start(
     channel: &Channel,
     spec: &SandboxSpec,
+    cwd: Option<&Path>,
     id: u32,
     start: ProgramStart<'_>,
 ) -> Result<(), LaunchError> {
     let into_cgroup = start.cgroup.is_some();
     let mut fds = start.streams.to_vec();
     fds.extend(start.cgroup);
-    Ok(channel.send(
-        &Request::Start { id, program: program(spec, start.commands), into_cgroup },
-        &[],
-        &fds,
-    )?)
+    let mut program = program(spec, start.commands);
+    if let Some(cwd) = cwd {
+        program.cwd = cwd.into();
+    }
+    Ok(channel.send(&Request::Start { id, program, into_cgroup }, &[], &fds)?)
 }
 
 /// Makes mounts and asks for them to be attached; how many messages that took.

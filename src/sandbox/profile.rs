@@ -121,9 +121,20 @@ pub fn mounts(layout: &Layout) -> Vec<MountStep> {
     above.extend(layout.workspaces.iter().filter(|mount| mount.dest != Path::new("/")).map(workspace));
     above.extend(layout.hidden.iter().map(|path| MountStep::Mask { dest: path.clone() }));
     above.extend(layout.binds.iter().map(|b| bind(&b.source, &b.dest, b.read_only, true)));
+    above.extend(hidden_elsewhere(layout));
     above.sort_by_key(|step| depth(step.dest()));
     steps.append(&mut above);
     steps
+}
+
+/// Hidden paths as they show up in what is mounted in another place than its own.
+fn hidden_elsewhere(layout: &Layout) -> impl Iterator<Item = MountStep> {
+    let workspaces = layout.workspaces.iter().map(|mount| (&mount.source, &mount.dest));
+    let moved = workspaces.chain(layout.binds.iter().map(|bind| (&bind.source, &bind.dest)));
+    moved.filter(|(source, dest)| source != dest).flat_map(|(source, dest)| {
+        let below = layout.hidden.iter().filter_map(move |path| path.strip_prefix(source).ok());
+        below.map(move |below| MountStep::Mask { dest: dest.join(below) })
+    })
 }
 
 /// Splits the mounts `all` into those of `base` and the rest, which is returned if it can be made outside of the
@@ -281,6 +292,15 @@ mod tests {
         assert_eq!(with(&[("/", Access::ReadOnly)]), None);
         assert_eq!(with(&[("/w", Access::Overlay(memory))]), None);
         assert_eq!(split(&mounts(&layout(Profile::Balanced, &[])), &base), None);
+    }
+
+    #[test]
+    fn what_is_hidden_is_hidden_wherever_it_shows_up() {
+        let mut layout = layout(Profile::Strict, &[]);
+        layout.binds.push(BindMount { source: "/var".into(), dest: "/mnt".into(), read_only: true });
+        let dests = dests(&layout);
+        let place = |path| dests.iter().position(|dest| dest == path).unwrap();
+        assert!(place("/mnt") < place("/mnt/lib/execd/isolation"));
     }
 
     #[test]

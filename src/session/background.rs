@@ -31,6 +31,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, RwLock, Semaphore, mpsc, oneshot
 
 /// Background runs of one session that may go on at once.
 pub(super) const RUNNING_MAX: usize = 16;
+/// Ended background runs of one session whose processes may go on writing to the log.
+const LEFTOVERS_MAX: usize = 48;
 /// How long the session's shell may take to say where it is.
 const ASK_MAX: Duration = Duration::from_secs(2);
 /// Bytes taken from a pipe at once: what one holds.
@@ -61,6 +63,8 @@ pub(super) struct Background {
     known: Mutex<Option<Carried>>,
     /// One for each run that may go on.
     slots: Arc<Semaphore>,
+    /// One for each run that has ended and left processes behind which are listened to.
+    leftovers: Arc<Semaphore>,
     /// Rung when the session's task should look for ends of programs.
     pub(super) attention: Notify,
     exits: Mutex<Exits>,
@@ -99,6 +103,7 @@ impl Background {
             asks,
             known: Mutex::default(),
             slots: Arc::new(Semaphore::new(RUNNING_MAX)),
+            leftovers: Arc::new(Semaphore::new(LEFTOVERS_MAX)),
             attention: Notify::new(),
             exits: Mutex::default(),
         }
@@ -315,7 +320,9 @@ async fn follow(session: Arc<Session>, started: Started, slot: OwnedSemaphorePer
     }
     drop((control, slot));
     session.background_ended();
-    while !output.is_at_end() {
+    // Whom nobody listens to any more gets SIGPIPE.
+    let leftover = Arc::clone(&session.background.leftovers).try_acquire_owned();
+    while leftover.is_ok() && !output.is_at_end() {
         tokio::select! {
             biased;
             () = run.cancellation(), if !killed => {

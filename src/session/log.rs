@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How much a log keeps, and the most that is read at once (api 2.7); bytes.
+/// How much a log keeps (api 2.7); bytes.
 pub const LOG_BYTES_MAX: u64 = 16 << 20;
 /// Blocks are given back in steps of this; bytes.
 const STEP_BYTES: u64 = 1 << 20;
@@ -75,15 +75,22 @@ impl Log {
         Ok(())
     }
 
-    /// What was written from position `cursor` on, at most [`LOG_BYTES_MAX`]; from the oldest on that is kept, where
-    /// that is behind `cursor`.
+    /// The positions between which there is something to read from `cursor` on, at most [`LOG_BYTES_MAX`] of it.
+    pub fn range(&self, cursor: u64) -> std::ops::Range<u64> {
+        let Extent { start, end } = *self.extent();
+        let from = cursor.clamp(start, end);
+        from..end.min(from + LOG_BYTES_MAX)
+    }
+
+    /// What was written from position `cursor` on, at most `bytes_max`; from the oldest on that is kept, where that is
+    /// behind `cursor`.
     ///
     /// # Errors
     /// Those of pread(2).
-    pub fn read(&self, cursor: u64) -> io::Result<Part> {
+    pub fn read(&self, cursor: u64, bytes_max: u64) -> io::Result<Part> {
         let Extent { start, end } = *self.extent();
         let from = cursor.clamp(start, end);
-        let length = (end - from).min(LOG_BYTES_MAX);
+        let length = (end - from).min(bytes_max);
         let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
         self.file.read_exact_at(&mut bytes, from)?;
         // What was given back meanwhile reads as zeros.
@@ -105,11 +112,11 @@ mod tests {
     #[test]
     fn a_log_is_read_from_any_position() {
         let log = Log::new(None).unwrap();
-        assert_eq!(log.read(7).unwrap().next, 0);
+        assert_eq!(log.read(7, 100).unwrap().next, 0);
         log.append(b"one\ntwo\n").unwrap();
-        let part = log.read(4).unwrap();
+        let part = log.read(4, 100).unwrap();
         assert_eq!((part.bytes.as_slice(), part.next), (b"two\n".as_slice(), 8));
-        assert_eq!(log.read(100).unwrap().next, 8);
+        assert_eq!(log.read(100, 100).unwrap().next, 8);
     }
 
     #[test]
@@ -122,9 +129,9 @@ mod tests {
                 log.append(&vec![number; 1_000_000]).unwrap();
                 written += 1_000_000;
             }
-            let part = log.read(0).unwrap();
+            let part = log.read(0, LOG_BYTES_MAX).unwrap();
             assert!(part.bytes.len() as u64 >= LOG_BYTES_MAX && part.next <= written);
-            assert_eq!(log.read(written - 1).unwrap().bytes, [39]);
+            assert_eq!(log.read(written - 1, 100).unwrap().bytes, [39]);
             let kept = log.file.metadata().unwrap().blocks() * 512;
             assert!(kept <= LOG_BYTES_MAX + 3 * STEP_BYTES, "{kept}");
         }

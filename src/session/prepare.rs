@@ -1,10 +1,10 @@
 //! From a validated request to the spec of a sandbox: resolves paths on the host, allocates uppers, filters
 //! the environment. Blocks on the file system.
 
-use super::options::{MountMode, OptionError, SessionOptions, UidMode};
+use super::options::{Mount, MountMode, OptionError, SessionOptions, UidMode};
 use crate::config::Config;
 use crate::sandbox::environment;
-use crate::sandbox::profile::{self, Access, BindMount, Layout, Sizes, WorkspaceMount};
+use crate::sandbox::profile::{self, Access, BindMount, Layout, Profile, Sizes, WorkspaceMount};
 use crate::sandbox::seccomp::Filter;
 use crate::sandbox::spec::{Namespaces, ROOT_CAPABILITIES, SandboxSpec};
 use crate::workspace::resolve::{self, ResolveError};
@@ -183,7 +183,14 @@ fn resolve_binds(
     for bind in &mut effective.binds {
         bind.source = resolve("binds.source", &bind.source)?;
         let bind = bind.clone();
-        binds.push(BindMount { source: bind.source, dest: bind.dest, read_only: bind.read_only });
+        // Beneath the private places there are no links of the host.
+        let is_private = bind.dest.starts_with("/tmp") || bind.dest.starts_with("/run");
+        let dest = if is_private { bind.dest } else { resolve::destination(&bind.dest) };
+        if profile::is_reserved(&dest) || dest == Path::new("/") {
+            let reason = format!("{} is one of the sandbox's own places", dest.display());
+            return Err(OptionError::new("binds.dest", reason).into());
+        }
+        binds.push(BindMount { source: bind.source, dest, read_only: bind.read_only });
     }
     Ok(binds)
 }
@@ -204,14 +211,18 @@ fn resolve_workspaces(
     for mount in &options.mounts {
         let source = resolve::workspace(&mount.path, owner)
             .map_err(|error| PrepareError::Path { field: "workspace.path", error })?;
-        if foundation.uppers.as_ref().is_some_and(|uppers| source.starts_with(uppers.root())) {
-            let reason = format!("{} lies inside execd's own upper_root", source.display());
+        // Beneath a private /tmp there are no links of the host; elsewhere a link leads to where the mount is.
+        let is_private = options.profile == Profile::Strict && mount.path.starts_with("/tmp");
+        let dest = if is_private { mount.path.clone() } else { source.clone() };
+        check_workspace(foundation, mount, &source, &dest)?;
+        if sources.iter().any(|(_, other)| *other == dest) {
+            let reason = format!("{} is mounted twice", dest.display());
             return Err(OptionError::new("workspace.path", reason).into());
         }
-        sources.push(source);
+        sources.push((source, dest));
     }
     let mut mounts = Vec::new();
-    for (mount, source) in options.mounts.iter().zip(sources) {
+    for (mount, (source, dest)) in options.mounts.iter().zip(sources) {
         let access = match mount.mode {
             MountMode::ReadWrite => Access::ReadWrite,
             MountMode::ReadOnly => Access::ReadOnly,
@@ -219,9 +230,32 @@ fn resolve_workspaces(
                 Access::Overlay(upper(foundation, name, persist, &source, uppers)?)
             }
         };
-        mounts.push(WorkspaceMount { dest: mount.path.clone(), source, access });
+        mounts.push(WorkspaceMount { dest, source, access });
     }
     Ok(mounts)
+}
+
+/// What a workspace must not be, whatever links led there: the sandbox's own places would be the host's, the root would
+/// be writable or show the host's /proc elsewhere, an upper would be another session's.
+fn check_workspace(
+    foundation: &Foundation,
+    mount: &Mount,
+    source: &Path,
+    dest: &Path,
+) -> Result<(), OptionError> {
+    let wrong =
+        |what: &str| Err(OptionError::new("workspace.path", format!("{} {what}", mount.path.display())));
+    let root = Path::new("/");
+    if profile::is_reserved(source) || profile::is_reserved(dest) {
+        return wrong("leads to one of the sandbox's own places");
+    }
+    if source == root && (dest != root || mount.mode != MountMode::ReadOnly) {
+        return wrong("leads to the root, which can only be mounted ro and in its place");
+    }
+    if foundation.uppers.as_ref().is_some_and(|uppers| source.starts_with(uppers.root())) {
+        return wrong("lies inside execd's own upper_root");
+    }
+    Ok(())
 }
 
 fn upper(

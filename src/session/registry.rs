@@ -264,7 +264,10 @@ impl Registry {
             .map_err(ShellError::from)
             .and_then(|()| spare.shell.settle(&spec.cwd, self.launchpad.answer_max));
         match fitted {
-            Ok(()) => Some(spare),
+            Ok(()) => {
+                spare.resources.sandbox.start_in(&spec.cwd);
+                Some(spare)
+            }
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a spare sandbox did not fit");
                 None

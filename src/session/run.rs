@@ -5,6 +5,7 @@ use super::log::Log;
 use crate::sandbox::cgroup::CpuTime;
 use execd_init_shim::messages::ExitStatus;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
@@ -149,6 +150,7 @@ pub struct Run {
     pub log: Option<Log>,
     cancel_on_disconnect: bool,
     cancelled: watch::Sender<bool>,
+    begun: AtomicBool,
     outcome: Mutex<Option<Outcome>>,
 }
 
@@ -174,6 +176,7 @@ impl Run {
     }
 
     fn new(journal: Arc<Journal>, log: Option<Log>, cancel_on_disconnect: bool) -> Arc<Self> {
+        let is_background = log.is_some();
         Arc::new(Self {
             id: RunId(Uuid::new_v4()),
             started_at: SystemTime::now(),
@@ -181,6 +184,7 @@ impl Run {
             log,
             cancel_on_disconnect,
             cancelled: watch::Sender::new(false),
+            begun: AtomicBool::new(is_background),
             outcome: Mutex::new(None),
         })
     }
@@ -195,14 +199,18 @@ impl Run {
         self.outcome().is_none()
     }
 
-    /// Asks for its end.
+    /// Asks for its end. One that has not begun has ended then.
     pub fn cancel(&self) {
         self.cancelled.send_replace(true);
+        if !self.begun.load(Ordering::Acquire) {
+            self.finish(Report { end: End::Cancelled, took: Duration::ZERO, cpu: None });
+        }
     }
 
-    /// Whether its end was asked for.
-    pub(super) fn is_cancelled(&self) -> bool {
-        *self.cancelled.borrow()
+    /// It is about to begin; whether it still may.
+    pub(super) fn begin(&self) -> bool {
+        self.begun.store(true, Ordering::Release);
+        !*self.cancelled.borrow()
     }
 
     /// Resolves once its end is asked for. Cancel safe.
@@ -339,12 +347,12 @@ mod tests {
         let run = Run::foreground(&spec(true), 10);
         let (one, two) = (run.attach(0), run.attach(0));
         drop(one);
-        assert!(!run.is_cancelled());
+        assert!(run.is_running());
         drop(two);
-        assert!(run.is_cancelled());
+        assert!(!run.is_running());
         let run = Run::foreground(&spec(false), 10);
         drop(run.attach(0));
-        assert!(!run.is_cancelled());
+        assert!(run.is_running());
     }
 
     #[test]

@@ -331,7 +331,12 @@ impl Shell {
             None => false,
         };
         if left_processes && self.process.ended.is_none() {
-            block_in_place(|| self.move_shell_out())
+            block_in_place(|| {
+                let moved = self.move_shell_out();
+                // Those of earlier runs, whose processes have ended since.
+                self.cgroup.iter().for_each(|cgroup| cgroup.remove_empty_leaves());
+                moved
+            })
         } else {
             Ok(())
         }

@@ -293,10 +293,14 @@ impl ShellIo {
     /// The exit status that the report with `token` tells, if it has come. What others wrote in front of it does
     /// not matter: the report is one atomic write (pipe(7), PIPE_BUF).
     pub(super) fn reported(&self, token: &str) -> Option<i32> {
-        let text = String::from_utf8_lossy(&self.status_bytes);
-        let (_, report) = text.split_once(token).filter(|_| !token.is_empty())?;
-        let (status, _) = report.split_once('\n')?;
-        status.trim_start().parse().ok()
+        if token.is_empty() {
+            return None;
+        }
+        // Looked for after every event, and a session may flood this pipe.
+        let place = memchr::memmem::find(&self.status_bytes, token.as_bytes())?;
+        let report = self.status_bytes.get(place + token.len()..)?;
+        let status = report.get(..memchr::memchr(b'\n', report)?)?;
+        std::str::from_utf8(status).ok()?.trim_start().parse().ok()
     }
 
     /// Whether a stream has something to read.

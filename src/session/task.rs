@@ -226,7 +226,7 @@ impl Task {
     /// One run, from code to report. An error means the session cannot go on.
     async fn run(&mut self, queued: Queued) -> Result<(), String> {
         let Queued { spec, run } = &queued;
-        if run.is_cancelled() {
+        if !run.begin() {
             run.finish(Report { end: End::Cancelled, took: Duration::ZERO, cpu: None });
             return Ok(());
         }
@@ -322,6 +322,10 @@ impl Task {
     async fn release(&mut self) {
         while let Ok(queued) = self.queue.try_recv() {
             drop(queued);
+        }
+        // First of all: whatever is being started in it ends with it, and is not waited for.
+        if let Some(resources) = &self.resources {
+            resources.sandbox.kill();
         }
         // Nothing is started any more, and what is being started has been.
         *self.session.background.inside.write().await = None;

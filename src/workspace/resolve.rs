@@ -1,9 +1,9 @@
 //! From the paths of a request to the paths that are mounted: links resolved, allow-list applied, missing
 //! workspaces made. What is returned contains no symbolic link; init refuses to follow one that appears later.
 
-use std::fs::DirBuilder;
+use rustix::fs::{CWD, Gid, Mode, OFlags, ResolveFlags, Uid, fchown, mkdirat, openat, openat2};
+use rustix::io::Errno;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 
 /// A path that cannot be used.
@@ -50,16 +50,52 @@ pub fn is_clean(path: &str) -> bool {
 pub fn workspace(path: &Path, owner: Option<(u32, u32)>) -> Result<PathBuf, ResolveError> {
     let unusable = |error| ResolveError::Unusable { path: path.into(), error };
     let resolved = match path.canonicalize() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(unusable)?;
-            if let Some((uid, gid)) = owner {
-                std::os::unix::fs::lchown(path, Some(uid), Some(gid)).map_err(unusable)?;
-            }
-            path.canonicalize().map_err(unusable)?
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => make(path, owner).map_err(unusable)?,
         other => other.map_err(unusable)?,
     };
     if resolved.is_dir() { Ok(resolved) } else { Err(unusable(io::ErrorKind::NotADirectory.into())) }
+}
+
+/// Makes what is missing of a path, each directory through a descriptor of the one before: a link that somebody plants
+/// meanwhile makes it fail instead of leading somewhere else.
+fn make(path: &Path, owner: Option<(u32, u32)>) -> io::Result<PathBuf> {
+    let (base, missing) = existing_part(path)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut dir = openat2(CWD, &base, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
+    let mut made = false;
+    for name in missing.components() {
+        let name = name.as_os_str();
+        made = match mkdirat(&dir, name, Mode::from(0o755)) {
+            Err(Errno::EXIST) => false,
+            other => other.map(|()| true)?,
+        };
+        dir = openat(&dir, name, flags | OFlags::NOFOLLOW, Mode::empty())?;
+    }
+    if let Some((uid, gid)) = owner.filter(|_| made) {
+        fchown(&dir, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    }
+    Ok(base.join(missing))
+}
+
+/// The part of a path that exists, links resolved, and the rest.
+fn existing_part(path: &Path) -> io::Result<(PathBuf, PathBuf)> {
+    for ancestor in path.ancestors() {
+        if let Ok(base) = ancestor.canonicalize() {
+            let missing = path.strip_prefix(ancestor).unwrap_or(Path::new(""));
+            return Ok((base, missing.into()));
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
+/// A destination with the links of the part that exists resolved.
+pub fn destination(path: &Path) -> PathBuf {
+    match existing_part(path) {
+        // Joining nothing would add a slash.
+        Ok((base, missing)) if missing.as_os_str().is_empty() => base,
+        Ok((base, missing)) => base.join(missing),
+        Err(_) => path.into(),
+    }
 }
 
 /// Resolves the source of a bind and checks it against the allow-list, whose entries are resolved too.

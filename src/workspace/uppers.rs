@@ -7,8 +7,9 @@
 //!     .trash/                 on its way out
 //! ```
 //!
-//! Removing is a rename into the trash and then a walk, so that however large an upper is, deleting a session
-//! answers at once and an interrupted removal is finished at the next start.
+//! Removing is a rename into the trash, which one thread empties, so that however large an upper is, deleting a session
+//! answers at once and an interrupted removal is finished at the next start. What is in an upper was made by code that
+//! nobody trusts: it may be nested deeper than any stack or path reaches.
 
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, DirBuilder, File};
@@ -16,10 +17,12 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
 
 const TRASH: &str = ".trash";
+/// How directories begin that were moved up in it; no session is called so.
+const MOVED_PREFIX: &str = ".moved-";
 /// Between two measurements of what all uppers hold.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -32,6 +35,8 @@ pub struct Uppers {
     usable: bool,
     /// What all uppers held when last measured; bytes.
     used_bytes: AtomicU64,
+    /// Rings when there is something in the trash.
+    trash: mpsc::Sender<()>,
     _lock: File,
 }
 
@@ -77,8 +82,14 @@ impl Uppers {
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| UppersError::InUse(root.clone()))?;
         let usable = !is_on_overlayfs(&root);
-        let uppers = Arc::new(Self { usable, root, used_bytes: AtomicU64::new(0), _lock: lock });
+        let (trash, rung) = mpsc::channel();
+        let uppers = Arc::new(Self { usable, root, used_bytes: AtomicU64::new(0), trash, _lock: lock });
         uppers.remove_leftovers().map_err(failed)?;
+        let folder = uppers.root.join(TRASH);
+        std::thread::Builder::new()
+            .name("trash".into())
+            .spawn(move || keep_emptying(&folder, &rung))
+            .map_err(failed)?;
         let measured = Arc::downgrade(&uppers);
         std::thread::Builder::new()
             .name("upper-usage".into())
@@ -120,8 +131,8 @@ impl Uppers {
                 fs::rename(entry.path(), trash.join(entry.file_name()))?;
             }
         }
-        // A large upper must not hold up the start.
-        std::thread::Builder::new().name("trash".into()).spawn(move || empty(&trash)).map(drop)
+        let _ = self.trash.send(());
+        Ok(())
     }
 }
 
@@ -151,10 +162,11 @@ impl SessionUppers {
 impl Drop for SessionUppers {
     fn drop(&mut self) {
         let trash = self.uppers.root.join(TRASH).join(&self.name);
-        let removed =
-            fs::rename(self.uppers.root.join(&self.name), &trash).and_then(|()| fs::remove_dir_all(&trash));
-        if let Err(error) = removed {
-            tracing::error!(session = self.name, %error, "an upper could not be removed; tried again at the next start");
+        match fs::rename(self.uppers.root.join(&self.name), &trash) {
+            Ok(()) => drop(self.uppers.trash.send(())),
+            Err(error) => {
+                tracing::error!(session = self.name, %error, "an upper could not be removed; tried again at the next start");
+            }
         }
     }
 }
@@ -168,23 +180,60 @@ fn keep_measuring(uppers: &Weak<Uppers>) {
     }
 }
 
-/// Bytes allocated below `dir`; what vanishes meanwhile does not count.
+/// Bytes allocated below `dir`; what vanishes meanwhile does not count, nor what lies deeper than a path reaches.
 fn tree_bytes(dir: &Path) -> u64 {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => tree_bytes(&entry.path()),
-            Ok(metadata) => metadata.blocks() * 512,
-            Err(_) => 0,
-        })
-        .sum()
+    let mut bytes = 0;
+    let mut dirs = vec![dir.to_path_buf()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            match entry.metadata() {
+                Ok(metadata) if metadata.is_dir() => dirs.push(entry.path()),
+                Ok(metadata) => bytes += metadata.blocks() * 512,
+                Err(_) => {}
+            }
+        }
+    }
+    bytes
 }
 
-fn empty(trash: &Path) {
-    let entries = fs::read_dir(trash).into_iter().flatten().flatten();
-    for entry in entries {
-        if let Err(error) = fs::remove_dir_all(entry.path()) {
-            tracing::error!(path = %entry.path().display(), %error, "a leftover upper could not be removed");
+/// Empties the trash whenever there is something in it, for as long as there are uppers.
+fn keep_emptying(trash: &Path, rung: &mpsc::Receiver<()>) {
+    while rung.recv().is_ok() {
+        while rung.try_recv().is_ok() {}
+        if let Err(error) = empty(trash) {
+            tracing::error!(path = %trash.display(), %error, "the trash could not be emptied; tried again later");
+        }
+    }
+}
+
+/// Removes everything in a directory. A directory in a directory that is not empty is moved up into the trash itself
+/// before, so neither paths nor this program's stack get deeper than two levels.
+fn empty(trash: &Path) -> io::Result<()> {
+    loop {
+        let mut found = false;
+        for entry in fs::read_dir(trash)? {
+            let entry = entry?;
+            found = true;
+            if !entry.file_type()?.is_dir() {
+                fs::remove_file(entry.path())?;
+                continue;
+            }
+            // A plain user cannot look into directories that say so, its own included (overlayfs' work has none).
+            let _ = fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o700));
+            for inner in fs::read_dir(entry.path())? {
+                let inner = inner?;
+                if !inner.file_type()?.is_dir() {
+                    fs::remove_file(inner.path())?;
+                } else if fs::remove_dir(inner.path()).is_err() {
+                    let _ = fs::set_permissions(inner.path(), fs::Permissions::from_mode(0o700));
+                    let up = trash.join(format!("{MOVED_PREFIX}{}", uuid::Uuid::new_v4()));
+                    fs::rename(inner.path(), up)?;
+                }
+            }
+            fs::remove_dir(entry.path())?;
+        }
+        if !found {
+            return Ok(());
         }
     }
 }
@@ -216,6 +265,30 @@ mod tests {
         assert_eq!(left(), [TRASH]);
         std::mem::forget(uppers.session("crashed").unwrap());
         drop(uppers);
+    }
+
+    #[test]
+    fn an_upper_nested_beyond_all_paths_is_removed() {
+        use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+        let dir = tempfile::tempdir().unwrap();
+        let uppers = Uppers::open(dir.path()).unwrap();
+        let mut session = uppers.session("deep").unwrap();
+        let paths = session.allocate(Path::new("/")).unwrap();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut deepest = openat(CWD, &paths.upper, flags, Mode::empty()).unwrap();
+        for _ in 0..20_000 {
+            mkdirat(&deepest, "d", Mode::from(0o755)).unwrap();
+            deepest = openat(&deepest, "d", flags, Mode::empty()).unwrap();
+        }
+        drop((deepest, session));
+        let trash = dir.path().join(TRASH);
+        for _ in 0..2000 {
+            if fs::read_dir(&trash).unwrap().count() == 0 {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("the trash is still full");
     }
 
     #[test]
