@@ -41,13 +41,6 @@ impl Machine {
             mounts(),
             load.split(' ').next().unwrap_or_default(),
         );
-        let cgroups = read("/proc/cgroups");
-        let memory = cgroups.lines().find(|line| line.starts_with("memory")).unwrap_or_default();
-        if memory.split_whitespace().nth(2).is_some_and(|count| count != "1") {
-            println!(
-                "         memory cgroups are or were in use: the kernel accounts its own memory, forks cost more"
-            );
-        }
         println!();
     }
 
