@@ -9,6 +9,7 @@
 use super::launch::{Forked, LaunchError};
 use execd_init_shim::channel::Channel;
 use execd_init_shim::messages::{Launch, Launched, Plan};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
@@ -53,6 +54,12 @@ impl Launcher {
     /// Counts the launchers there have been. A sandbox from an earlier one is dead.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
+    }
+
+    /// Whether the launcher of that generation is gone. A sandbox that its death has killed finds it so at once: a
+    /// process closes its files before its children get their death signal, so the socket hangs up first.
+    pub fn is_lost(&self, generation: u64) -> bool {
+        self.generation() != generation || self.slot().as_ref().is_none_or(hung_up)
     }
 
     /// Forks an init that gets `plan` and `channel`. Blocks for a fraction of a millisecond.
@@ -111,6 +118,11 @@ impl Launcher {
             std::thread::sleep(RESTART_PAUSE);
         }
     }
+}
+
+fn hung_up(channel: &Channel) -> bool {
+    let mut fds = [PollFd::new(channel, PollFlags::empty())];
+    matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
 }
 
 fn spawn(executable: &OwnedFd) -> io::Result<(Child, Channel)> {

@@ -196,8 +196,8 @@ impl Registry {
         self.sessions().remove(&id);
     }
 
-    pub(super) fn launcher_generation(&self) -> u64 {
-        self.launchpad.launcher.generation()
+    pub(super) fn launcher_is_lost(&self, generation: u64) -> bool {
+        self.launchpad.launcher.is_lost(generation)
     }
 
     fn check_supported(&self, options: &SessionOptions) -> Result<(), CreateError> {

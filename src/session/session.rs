@@ -167,7 +167,7 @@ impl Session {
     /// What to say when the sandbox is suddenly gone.
     pub(super) fn why_gone(&self) -> String {
         match self.registry.upgrade() {
-            Some(registry) if registry.launcher_generation() != self.launcher_generation => {
+            Some(registry) if registry.launcher_is_lost(self.launcher_generation) => {
                 "the launcher was lost".into()
             }
             _ => "its first process was killed".into(),
