@@ -4,6 +4,7 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod files;
 pub mod http;
 pub mod run_once;
 pub mod sandbox;

@@ -9,13 +9,14 @@
 //! A run is over when its shell is; what that left behind may go on writing to the log.
 
 use super::control::ControlDir;
-use super::dialect::{Carried, Dialect};
+use super::dialect::Carried;
+use super::inside::Inside;
 use super::process::{descendants, open_process, pid_of};
 use super::run::{End, Report, Run, RunSpec};
 use super::session::Session;
 use super::shell_io::{Stream, kept};
 use crate::sandbox::cgroup::Cgroup;
-use crate::sandbox::launch::{LaunchError, ProgramStart, Sandbox};
+use crate::sandbox::launch::{LaunchError, ProgramStart};
 use execd_init_shim::messages::ExitStatus;
 use rustix::buffer::spare_capacity;
 use rustix::fd::{AsFd, OwnedFd};
@@ -27,7 +28,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{Notify, OwnedSemaphorePermit, RwLock, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 /// Background runs of one session that may go on at once.
 pub(super) const RUNNING_MAX: usize = 16;
@@ -41,23 +42,12 @@ const SIGKILL: i32 = 9;
 /// The most that is read before anything else is looked at; bytes.
 const BURST_BYTES_MAX: usize = 1 << 20;
 
-/// What of a session is needed to start programs beside its shell.
-#[derive(Debug, Clone)]
-pub(super) struct Inside {
-    pub(super) sandbox: Arc<Sandbox>,
-    pub(super) control: Arc<ControlDir>,
-    pub(super) cgroup: Option<Arc<Cgroup>>,
-    pub(super) dialect: Dialect,
-}
-
 /// A wish that the session's task finds out where its shell is; answered once that is as known as it will be.
 pub(super) type Ask = oneshot::Sender<()>;
 
 /// What a session has for its background runs.
 #[derive(Debug)]
 pub(super) struct Background {
-    /// `None` once the session ends. Whoever starts something holds it for as long, and the session waits for that.
-    pub(super) inside: Arc<RwLock<Option<Inside>>>,
     pub(super) asks: mpsc::Sender<Ask>,
     /// Where the shell was when it was last asked.
     known: Mutex<Option<Carried>>,
@@ -97,9 +87,8 @@ pub enum BackgroundError {
 }
 
 impl Background {
-    pub(super) fn new(inside: Inside, asks: mpsc::Sender<Ask>) -> Self {
+    pub(super) fn new(asks: mpsc::Sender<Ask>) -> Self {
         Self {
-            inside: Arc::new(RwLock::new(Some(inside))),
             asks,
             known: Mutex::default(),
             slots: Arc::new(Semaphore::new(RUNNING_MAX)),
@@ -191,19 +180,13 @@ impl Session {
         spec: RunSpec,
         log_dir: Option<PathBuf>,
     ) -> Result<Arc<Run>, BackgroundError> {
-        let dead = || BackgroundError::Dead(self.reason());
-        let inside = Arc::clone(&self.background.inside).read_owned().await;
-        if inside.is_none() {
-            return Err(dead());
-        }
+        let inside = self.door.enter().await.ok_or_else(|| BackgroundError::Dead(self.reason()))?;
         let slot = Arc::clone(&self.background.slots).try_acquire_owned();
         let slot = slot.map_err(|_| BackgroundError::TooMany(RUNNING_MAX))?;
         let state = self.shell_state().await;
         let session = Arc::clone(self);
-        let started = tokio::task::spawn_blocking(move || {
-            let inside = inside.as_ref().ok_or_else(|| BackgroundError::Dead(session.reason()))?;
-            session.start(inside, &spec, state.as_ref(), log_dir)
-        });
+        let started =
+            tokio::task::spawn_blocking(move || session.start(&inside, &spec, state.as_ref(), log_dir));
         let started = started.await.map_err(io::Error::other)??;
         let run = Arc::clone(&started.run);
         self.runs.add(Arc::clone(&run), self.run_buffer_bytes_max);

@@ -5,12 +5,16 @@
 //! a caller may ask, [`prepare`] turns that into a sandbox spec, [`launchpad`] launches that, `spares` keeps some
 //! ready, [`probe`] finds out what the machine can do.
 //!
+//! Others come in through `inside`, above all those who work in its [`files`].
+//!
 //! The shell protocol lies in three modules: `dialect` is what is said, `shell_io` the descriptors it is
 //! said through, `shell` who says it when. `control` is the directory both sides share.
 
 mod background;
 mod control;
 pub mod dialect;
+pub mod files;
+mod inside;
 pub mod journal;
 pub mod launchpad;
 mod lines;

@@ -1,6 +1,8 @@
 //! All sessions of this execd.
 
 use super::background::Background;
+use super::files::Workers;
+use super::inside::Door;
 use super::launchpad::{Launched, Launchpad};
 use super::oom::{self, OomWatch};
 use super::options::SessionOptions;
@@ -16,6 +18,7 @@ use crate::sandbox::spec::SandboxSpec;
 use crate::session::options::UidMode;
 use crate::session::probe::Feature;
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
@@ -234,6 +237,7 @@ impl Registry {
     fn build(&self, id: SessionId, options: &SessionOptions) -> Result<Built, CreateError> {
         let name = id.to_string();
         let Prepared { spec, uppers, effective } = prepare(&self.foundation, &name, options)?;
+        let workspace = spec.cwd.clone();
         let spare = self.build_from_spare(&spec);
         let from_spare = spare.is_some();
         let mut launched = match spare {
@@ -251,7 +255,7 @@ impl Registry {
             ready_us = timings.ready_us,
             "session created"
         );
-        Ok(Built { launched, effective })
+        Ok(Built { launched, effective, workspace })
     }
 
     /// Makes a session of a spare. One that fails is no reason to fail: the spare may have been hurt while it waited.
@@ -281,7 +285,8 @@ impl Registry {
         built: Built,
         place: Place,
     ) -> Result<Arc<Session>, CreateError> {
-        let Built { launched: Launched { mut shell, resources, generation, .. }, effective } = built;
+        let Built { launched: Launched { mut shell, resources, generation, .. }, effective, workspace } =
+            built;
         shell.io = shell.io.register()?;
         let config = self.foundation.config.session.clone();
         let (queue, queue_receiver) = mpsc::channel(config.waiting_runs_max);
@@ -300,7 +305,9 @@ impl Registry {
             runs: Runs::default(),
             run_buffer_bytes_max: config.run_buffer_max_bytes,
             queue,
-            background: Background::new(shell.inside(), asks),
+            background: Background::new(asks),
+            door: Door::new(shell.inside(workspace)),
+            workers: Workers::default(),
             stop,
             life: Mutex::new(life),
         });
@@ -333,6 +340,8 @@ impl Registry {
 struct Built {
     launched: Launched,
     effective: SessionOptions,
+    /// Where relative paths begin.
+    workspace: PathBuf,
 }
 
 async fn wait_gone(mut gone: watch::Receiver<()>, timeout: Duration) -> Result<(), DeleteError> {

@@ -1,6 +1,8 @@
 //! A session as everybody but its own task sees it.
 
 use super::background::Background;
+use super::files::Workers;
+use super::inside::Door;
 use super::options::SessionOptions;
 use super::registry::Registry;
 use super::run::{Attachment, End, Queued, Run, RunSpec, Runs};
@@ -40,6 +42,8 @@ pub struct Session {
     pub(super) run_buffer_bytes_max: usize,
     pub(super) queue: mpsc::Sender<Queued>,
     pub(super) background: Background,
+    pub(super) door: Door,
+    pub(super) workers: Workers,
     pub(super) stop: watch::Sender<bool>,
     pub(super) life: Mutex<Life>,
 }
@@ -98,7 +102,7 @@ impl Session {
     pub fn idle_remaining_seconds(&self) -> Option<u64> {
         let timeout = self.options.idle_timeout?;
         let life = self.life();
-        let busy = life.running || self.runs.background_running() > 0;
+        let busy = life.running || self.is_in_use();
         let idle = if busy { std::time::Duration::ZERO } else { life.idle_since.elapsed() };
         Some(timeout.saturating_sub(idle).as_secs())
     }
@@ -138,6 +142,16 @@ impl Session {
         life.running = false;
         life.last_run_at = SystemTime::now();
         life.idle_since = Instant::now();
+    }
+
+    /// Whether something goes on beside the shell that keeps it from being idle.
+    pub(super) fn is_in_use(&self) -> bool {
+        self.runs.background_running() > 0 || self.workers.are_used()
+    }
+
+    /// Somebody has worked in its files.
+    pub(super) fn used(&self) {
+        self.life().idle_since = Instant::now();
     }
 
     pub(super) fn idle_since(&self) -> Instant {

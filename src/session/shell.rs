@@ -13,11 +13,12 @@
 //! leaf and the shell moves on to a new one, so a later kill never hits them. Where there is no cgroup tree,
 //! the shell's descendants stand in for the leaf, which is not exact.
 
-use super::background::Inside;
 use super::control::ControlDir;
 use super::dialect::{self, Carried, Dialect, INTERRUPT_SIGNAL, name};
+use super::inside::Inside;
 use super::process::{descendants, has_ended, open_process, pid_of};
 use super::shell_io::ShellIo;
+use crate::files::Tree;
 use crate::sandbox::cgroup::{Cgroup, CpuTime};
 use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox, Started};
 use crate::sandbox::launcher::Launcher;
@@ -431,13 +432,14 @@ impl Shell {
         std::mem::take(&mut self.others_ended)
     }
 
-    /// What is needed to start programs beside the shell.
-    pub(super) fn inside(&self) -> Inside {
+    /// What is needed to work beside the shell; relative paths begin at `workspace`.
+    pub(super) fn inside(&self, workspace: PathBuf) -> Inside {
         Inside {
             sandbox: Arc::clone(&self.sandbox),
             control: Arc::clone(self.io.control()),
             cgroup: self.cgroup.clone(),
             dialect: self.process.dialect,
+            files: Tree::new(Arc::clone(&self.sandbox), workspace),
         }
     }
 

@@ -170,7 +170,7 @@ impl Task {
                     self.attend().await
                 }
                 Next::Attend(Err(error)) => Some(format!("its descriptors failed: {error}")),
-                Next::Expire if self.session.runs.background_running() > 0 => None,
+                Next::Expire if self.session.is_in_use() || self.idle_deadline() > Instant::now() => None,
                 Next::Expire => {
                     tracing::info!(session = %self.session.id, "session idle for too long");
                     self.session.stop();
@@ -186,6 +186,10 @@ impl Task {
     fn idle_deadline(&self) -> Instant {
         if self.session.runs.background_running() > 0 {
             return Instant::now() + FAR;
+        }
+        // Whoever works in the files rings nobody when done, so now and then it is looked at again.
+        if self.session.workers.are_used() {
+            self.session.used();
         }
         self.session.idle_since() + self.options.idle_timeout.unwrap_or(FAR)
     }
@@ -327,8 +331,8 @@ impl Task {
         if let Some(resources) = &self.resources {
             resources.sandbox.kill();
         }
-        // Nothing is started any more, and what is being started has been.
-        *self.session.background.inside.write().await = None;
+        // Nothing is started in it any more, and nobody is in its files.
+        self.session.door.shut().await;
         let shell = self.shell.take();
         let resources = self.resources.take();
         let released = tokio::task::spawn_blocking(move || {

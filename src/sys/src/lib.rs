@@ -7,6 +7,7 @@
 //! Nothing here decides anything: no policy, no retries, no logging.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod credentials;
 mod fd;
 mod keyring;
 mod mount;
@@ -16,6 +17,7 @@ mod process;
 mod reactor;
 mod signal;
 
+pub use credentials::{set_fs_gid, set_fs_uid};
 pub use fd::{adopt, close_range_from, redirect};
 pub use keyring::join_session_keyring;
 pub use mount::{MountAttr, Propagation, mount_setattr};
