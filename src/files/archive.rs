@@ -38,12 +38,14 @@ const PREAMBLE_BYTES_MAX: u64 = 1 << 20;
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
 impl Worker<'_> {
-    /// Whether [`Worker::pack`] makes sense.
+    /// Whether [`Worker::pack`] makes sense; the name of the directory.
     ///
     /// # Errors
     /// When there is no such directory, or it cannot be read.
-    pub fn check_pack(&self, text: &str) -> Result<(), FileError> {
-        self.readable_directory(&self.path(text)?).map(drop)
+    pub fn check_pack(&self, text: &str) -> Result<String, FileError> {
+        let path = self.path(text)?;
+        self.readable_directory(&path)?;
+        Ok(path.file_name())
     }
 
     /// Packs what is in a directory. Sockets and devices are left out, as they would mean nothing elsewhere.

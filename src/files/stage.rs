@@ -14,7 +14,7 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Seek, Write};
 
 /// What a new file gets when nobody says otherwise.
 const MODE: u32 = 0o644;
@@ -233,6 +233,14 @@ impl Staged {
     }
 }
 
+/// Adds content to a spool.
+///
+/// # Errors
+/// As [`Staged::write`].
+pub fn spool(file: &mut File, content: &[u8]) -> Result<(), FileError> {
+    file.write_all(content).call("write", WAITING_PLACE)
+}
+
 /// A new file in a directory; without a name, where the file system can do that.
 fn nameless(dir: &OwnedFd) -> Result<(File, Option<String>), Errno> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
@@ -266,7 +274,7 @@ fn write_over(from: &mut File, mut to: File, fsync: bool) -> io::Result<()> {
             length => to.write_all(buffer.get(..length).unwrap_or_default())?,
         }
     }
-    let length = to.seek(SeekFrom::Current(0))?;
+    let length = to.stream_position()?;
     to.set_len(length)?;
     if fsync { to.sync_all() } else { Ok(()) }
 }

@@ -1,13 +1,15 @@
 //! Failures as HTTP answers; the only file that knows status codes of failures.
 
+use crate::files::Class;
 use crate::sandbox::launch::LaunchError;
+use crate::session::files::FilesError;
 use crate::session::options::OptionError;
 use crate::session::prepare::PrepareError;
 use crate::session::registry::{CreateError, DeleteError};
 use crate::session::session::{RunRefused, SessionId};
 use crate::session::{BackgroundError, ShellError};
 use axum::Json;
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use std::io::ErrorKind;
@@ -51,6 +53,21 @@ pub enum ApiError {
     /// A background run was not started.
     #[error(transparent)]
     Background(#[from] BackgroundError),
+    /// A parameter of the query is missing or empty.
+    #[error("missing query parameter {0:?}")]
+    MissingQuery(&'static str),
+    /// A multipart form is not what it should be; with the code that says in which respect.
+    #[error("{1}")]
+    File(&'static str, String),
+    /// The Range header cannot be understood. Go leaves an empty message out, and clients want one (api 1.2).
+    #[error("")]
+    RangeSyntax,
+    /// There is nothing in that range; with the size of the file in bytes.
+    #[error("the range lies beyond the {0} bytes there are")]
+    RangeBeyond(u64),
+    /// Work in a session's files.
+    #[error(transparent)]
+    Files(#[from] FilesError),
 }
 
 impl ApiError {
@@ -107,6 +124,21 @@ impl ApiError {
                 (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR")
             }
             Self::Background(BackgroundError::Launch(_) | BackgroundError::Io(_)) => FAILED,
+            Self::MissingQuery(_) => (StatusCode::BAD_REQUEST, "MISSING_QUERY"),
+            Self::File(code, _) => (StatusCode::BAD_REQUEST, code),
+            Self::RangeSyntax | Self::RangeBeyond(_) => (StatusCode::RANGE_NOT_SATISFIABLE, "UNKNOWN"),
+            Self::Files(FilesError::Dead(_)) => NOT_FOUND,
+            Self::Files(FilesError::TooMany) => TOO_MANY,
+            Self::Files(FilesError::File(error)) => match error.class() {
+                Class::Invalid => INVALID,
+                Class::NotFound => (StatusCode::NOT_FOUND, "FILE_NOT_FOUND"),
+                Class::Forbidden => (StatusCode::FORBIDDEN, "PERMISSION_DENIED"),
+                Class::Conflict => (StatusCode::CONFLICT, "CONFLICT"),
+                Class::NoSpace => (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR"),
+                Class::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "INVALID_REQUEST_BODY"),
+                Class::Busy | Class::Cancelled => UNAVAILABLE,
+                Class::Failed => FAILED,
+            },
         }
     }
 }
@@ -118,12 +150,18 @@ impl IntoResponse for ApiError {
         if status.is_server_error() {
             tracing::error!(code, message, "request failed");
         }
-        let body = match self {
+        let body = match &self {
             // The original has this one key, and clients look for it.
             Self::Unauthorized => json!({"error": message, "code": code, "message": message}),
             _ => json!({"code": code, "message": message}),
         };
-        (status, Json(body)).into_response()
+        let mut response = (status, Json(body)).into_response();
+        if let Self::RangeBeyond(size) = self
+            && let Ok(range) = HeaderValue::from_str(&format!("bytes */{size}"))
+        {
+            response.headers_mut().insert(header::CONTENT_RANGE, range);
+        }
+        response
     }
 }
 

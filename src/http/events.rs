@@ -68,7 +68,7 @@ pub fn respond_dead(reason: &str) -> Response {
     (headers(None), Body::from(renderer.take())).into_response()
 }
 
-fn headers(id: Option<RunId>) -> HeaderMap {
+pub(super) fn headers(id: Option<RunId>) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

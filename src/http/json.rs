@@ -4,6 +4,7 @@
 use super::App;
 use super::error::ApiError;
 use axum::extract::{FromRequest, Request};
+use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
@@ -23,18 +24,36 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
-        let bytes_max = app.registry.foundation().config.http.body_max_bytes;
-        let body = Limited::new(request.into_body(), bytes_max).collect();
-        let body = tokio::time::timeout(BODY_READ_MAX, body).await.map_err(|_| ApiError::BodyTimedOut)?;
-        let body = body.map_err(|error| {
-            if error.downcast_ref::<LengthLimitError>().is_some() {
-                ApiError::TooLarge(bytes_max)
-            } else {
-                ApiError::Body(format!("the body could not be read: {error}"))
-            }
-        })?;
-        decode(&body.to_bytes()).map(Self)
+        let body = read(request, app).await?;
+        decode(&body).map(Self)
     }
+}
+
+/// A decoded body that is an array of objects.
+#[derive(Debug)]
+pub struct JsonList<T>(pub Vec<Object<T>>);
+
+impl<T: DeserializeOwned> FromRequest<App> for JsonList<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let body = read(request, app).await?;
+        decode_value(&body).map(Self)
+    }
+}
+
+async fn read(request: Request, app: &App) -> Result<Bytes, ApiError> {
+    let bytes_max = app.registry.foundation().config.http.body_max_bytes;
+    let body = Limited::new(request.into_body(), bytes_max).collect();
+    let body = tokio::time::timeout(BODY_READ_MAX, body).await.map_err(|_| ApiError::BodyTimedOut)?;
+    let body = body.map_err(|error| {
+        if error.downcast_ref::<LengthLimitError>().is_some() {
+            ApiError::TooLarge(bytes_max)
+        } else {
+            ApiError::Body(format!("the body could not be read: {error}"))
+        }
+    })?;
+    Ok(body.to_bytes())
 }
 
 /// A JSON object. Without this serde would also read an array as the fields of a struct, in order.
@@ -61,13 +80,17 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
     }
 }
 
-/// Decodes one value; an error names the field.
+/// Decodes one object; an error names the field.
 ///
 /// # Errors
 /// [`ApiError::Body`].
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    decode_value(bytes).map(|Object(value)| value)
+}
+
+fn decode_value<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    serde_path_to_error::deserialize(&mut deserializer).map(|Object(value)| value).map_err(|error| {
+    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let inner = error.into_inner();
         match path.as_str() {

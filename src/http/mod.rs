@@ -1,18 +1,24 @@
 //! The HTTP side: extract, validate, call, render. Nothing here that a command line tool would need.
 //!
 //! [`server`] accepts connections, [`auth`] and [`trace`] wrap every route, [`isolated`] has the routes of
-//! isolated sessions, [`runs`] those of their runs, [`dto`] their bodies, [`events`] the stream of a run. [`error`] is the only place that
-//! knows which failure is which status.
+//! isolated sessions, [`runs`] those of their runs, [`dto`] their bodies, [`events`] the stream of a run. [`files`] has the
+//! routes of their files; [`download`], [`upload`], [`archive`] and [`watch`] are those of them that stream. [`error`] is
+//! the only place that knows which failure is which status.
 
+mod archive;
 pub mod auth;
+mod download;
 pub mod dto;
 pub mod error;
 pub mod events;
+mod files;
 pub mod isolated;
 pub mod json;
 pub mod runs;
 pub mod server;
 pub mod trace;
+mod upload;
+mod watch;
 
 use crate::session::registry::Registry;
 use axum::Router;
@@ -36,6 +42,7 @@ pub fn router(app: App) -> Router {
     Router::new()
         .merge(isolated::routes())
         .merge(runs::routes())
+        .merge(files::routes())
         .layer(from_fn_with_state(app.clone(), auth::require_token))
         // Whoever waits for execd to come up has no token yet.
         .route("/ping", get(ping))

@@ -129,14 +129,22 @@ impl FilesVisit {
     /// The same for what waits for its client time and again.
     ///
     /// # Errors
-    /// As [`FilesVisit::perform`], and [`FilesError::TooMany`].
-    pub async fn perform_long<T, F>(self: &Arc<Self>, work: F) -> Result<T, FilesError>
+    /// As [`FilesVisit::perform`].
+    pub async fn perform_long<T, F>(self: &Arc<Self>, place: LongPlace, work: F) -> Result<T, FilesError>
     where
         T: Send + 'static,
         F: FnOnce(&Worker<'_>) -> Result<T, FileError> + Send + 'static,
     {
+        self.employ(place.0, work).await
+    }
+
+    /// The right to work for long, without waiting for it.
+    ///
+    /// # Errors
+    /// [`FilesError::TooMany`].
+    pub fn long_place(&self) -> Result<LongPlace, FilesError> {
         let place = Arc::clone(&self.session.workers.long).try_acquire_owned();
-        self.employ(place.map_err(|_| FilesError::TooMany)?, work).await
+        place.map(LongPlace).map_err(|_| FilesError::TooMany)
     }
 
     async fn employ<T, F>(self: &Arc<Self>, place: OwnedSemaphorePermit, work: F) -> Result<T, FilesError>
@@ -194,10 +202,15 @@ impl FilesVisit {
         receiver
     }
 
-    fn dead(&self) -> FilesError {
+    /// What to say when the session ends meanwhile.
+    pub fn dead(&self) -> FilesError {
         FilesError::Dead(self.session.reason())
     }
 }
+
+/// The right to work for long.
+#[derive(Debug)]
+pub struct LongPlace(OwnedSemaphorePermit);
 
 /// What comes out of [`FilesVisit::send`]. When it breaks off before an end, something is missing.
 #[derive(Debug)]
