@@ -37,4 +37,4 @@ release: ## the release binary, static where possible
 	@scripts/release
 
 bench: ## measure the release binary and print medians
-	BWRAP=$$(scripts/bench-setup) scripts/release bench --bench isolation --bench runs
+	env $$(scripts/bench-setup) scripts/release bench --bench isolation --bench runs --bench files

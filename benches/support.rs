@@ -156,9 +156,27 @@ impl Client {
     pub(crate) fn call(&mut self, method: &str, path: &str, body: Option<&str>) -> anyhow::Result<Response> {
         let body = body.unwrap_or_default();
         let length = body.len();
-        let request =
-            format!("{method} {path} HTTP/1.1\r\nHost: execd\r\nContent-Length: {length}\r\n\r\n{body}");
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: execd\r\nContent-Length: {length}\r\n\r\n");
+        self.send(format!("{head}{body}").as_bytes(), b"")
+    }
+
+    /// The same, with a buffer for the answer's body; the status.
+    pub(crate) fn call_into(&mut self, method: &str, path: &str, into: &mut Vec<u8>) -> anyhow::Result<u16> {
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: execd\r\n\r\n");
         self.stream.get_mut().write_all(request.as_bytes())?;
+        self.answer(into)
+    }
+
+    /// Sends what has been made ready, and reads the answer to its end.
+    pub(crate) fn send(&mut self, head: &[u8], body: &[u8]) -> anyhow::Result<Response> {
+        self.stream.get_mut().write_all(head)?;
+        self.stream.get_mut().write_all(body)?;
+        let mut body = Vec::new();
+        let status = self.answer(&mut body)?;
+        Ok(Response { status, body })
+    }
+
+    fn answer(&mut self, body: &mut Vec<u8>) -> anyhow::Result<u16> {
         let line = self.line()?;
         let status =
             line.split(' ').nth(1).and_then(|code| code.parse().ok()).with_context(|| line.clone())?;
@@ -172,17 +190,16 @@ impl Client {
                 _ => {}
             }
         }
-        let mut body = Vec::new();
         if !chunked {
-            self.read(&mut body, length)?;
+            self.read(body, length)?;
         }
         while chunked {
             length = usize::from_str_radix(&self.line()?, 16)?;
-            self.read(&mut body, length)?;
+            self.read(body, length)?;
             ensure!(self.line()?.is_empty(), "a chunk is longer than it says");
             chunked = length > 0;
         }
-        Ok(Response { status, body })
+        Ok(status)
     }
 
     pub(crate) fn line(&mut self) -> anyhow::Result<String> {

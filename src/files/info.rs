@@ -57,7 +57,8 @@ impl Worker<'_> {
     }
 
     pub(super) fn describe(&self, path: String, stat: &Statx) -> FileInfo {
-        let has_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+        // Some file systems say that they note it and then have nothing.
+        let has_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0 && stat.stx_btime.tv_sec != 0;
         let (accounts, ids) = (self.accounts(), self.tree.ids());
         FileInfo {
             path,

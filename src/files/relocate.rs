@@ -12,9 +12,9 @@ use super::walk::{Order, Walk};
 use super::xattr;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Statx, StatxTimestamp, Timespec, Timestamps, Uid,
-    chownat, copy_file_range, fchmod, ftruncate, futimens, linkat, makedev, mkdirat, mknodat, openat,
-    readlinkat, renameat, seek, symlinkat, utimensat,
+    Access, AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Statx, StatxTimestamp, Timespec, Timestamps, Uid,
+    accessat, chownat, copy_file_range, fchmod, ftruncate, futimens, linkat, makedev, mkdirat, mknodat,
+    openat, readlinkat, renameat, seek, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -43,6 +43,9 @@ impl Worker<'_> {
             Err(Errno::XDEV) => {}
             done => return done.call("renameat", &to),
         }
+        // It is to go from where it was, too; better to know that before there are two.
+        accessat(&from_dir, ".", Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)
+            .call("faccessat2", &from)?;
         let passing = OsString::from(random_name());
         let copied = self
             .copy(&from_dir, &from_name, &source, &to_dir, &passing, &from)

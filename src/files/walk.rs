@@ -235,8 +235,9 @@ fn shown(root: &RootedPath, below: &[u8]) -> String {
 /// A pattern as users of shells write it: `*` and `?` stop at slashes, `**` does not; `{a,b}`, `[…]` and `\` too.
 struct Matcher {
     set: GlobSet,
-    /// Without a slash it is meant for names, wherever they are.
-    by_name: bool,
+    /// What it is compared with: a pattern without a slash is meant for names, wherever they are.
+    names: bool,
+    paths: bool,
 }
 
 impl Matcher {
@@ -250,13 +251,15 @@ impl Matcher {
             .map_err(wrong)?;
         // A set, since that knows shortcuts for the usual patterns; a matcher of one does not.
         let set = GlobSetBuilder::new().add(glob).build().map_err(wrong)?;
-        Ok(Self { set, by_name: !pattern.contains('/') })
+        let paths = pattern.contains('/');
+        // One of several alternatives may be without.
+        Ok(Self { set, names: !paths || pattern.contains('{'), paths })
     }
 
     fn matches(&self, below: &[u8]) -> bool {
         let name = below.rsplit(|byte| *byte == b'/').next().unwrap_or(below);
         let matches = |bytes| self.set.is_match(OsStr::from_bytes(bytes));
-        matches(name) || (!self.by_name && matches(below))
+        (self.names && matches(name)) || (self.paths && matches(below))
     }
 }
 
@@ -274,6 +277,7 @@ mod tests {
             ("a/*.rs", "a/c.rs"),
             ("**", "a/b"),
             ("{a,b}.txt", "x/b.txt"),
+            ("{a/b,c}.txt", "x/c.txt"),
             ("[a-c]?.txt", "b1.txt"),
             (r"\*.txt", "d/*.txt"),
             ("a/**/z", "a/z"),

@@ -201,6 +201,10 @@ impl Watch {
             self.rename(&leaving.below, &below);
             let from = Some(self.shown(&leaving.below));
             changes.push(Change { from, ..self.change(ChangeKind::Moved, &below, is_directory) });
+            // It may have moved on before it could be watched where it appeared.
+            if is_directory && self.only.is_none() && !self.directories.values().any(|dir| *dir == below) {
+                self.appeared(worker, &below, changes);
+            }
             return;
         }
         self.left(changes);
