@@ -273,7 +273,7 @@ fn dress_named(dir: &OwnedFd, name: &OsStr, source: &Statx, with_mode: bool) -> 
     let kept = give_owner(dir.as_fd(), name, source, AtFlags::SYMLINK_NOFOLLOW);
     if with_mode {
         let held = openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-        rustix::fs::chmod(super::tree::proc_path(held), mode(source, kept))?;
+        rustix::fs::chmod(super::tree::proc_path(&held), mode(source, kept))?;
     }
     utimensat(dir, name, &times(source), AtFlags::SYMLINK_NOFOLLOW)
 }

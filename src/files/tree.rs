@@ -159,7 +159,7 @@ pub(super) fn stat_entry(dir: impl AsFd, name: impl rustix::path::Arg) -> Result
 }
 
 /// The name of an open file for calls that only take names; the link in procfs is followed to the very file.
-pub(super) fn proc_path(fd: impl AsFd) -> String {
+pub(super) fn proc_path(fd: &impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 

@@ -304,7 +304,9 @@ fn check_mount_points(mounts: &[MountStep]) -> Result<(), PrepareError> {
                     writable.push(dest.clone());
                 }
             }
-            MountStep::Tmpfs { dest, .. } | MountStep::Overlay { dest, .. } => writable.push(dest.clone()),
+            MountStep::Tmpfs { dest, .. }
+            | MountStep::Private { dest, .. }
+            | MountStep::Overlay { dest, .. } => writable.push(dest.clone()),
             _ => {}
         }
     }

@@ -70,12 +70,27 @@ pub(crate) fn send(
     path: &str,
     body: &[u8],
 ) -> Streaming {
+    send_with(address, token, method, path, &[], body)
+}
+
+/// The same, with further headers.
+pub(crate) fn send_with(
+    address: SocketAddr,
+    token: Option<&str>,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> Streaming {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(HANG)).unwrap();
     stream.set_write_timeout(Some(HANG)).unwrap();
     let mut head = format!("{method} {path} HTTP/1.1\r\nHost: execd\r\nContent-Length: {}\r\n", body.len());
     if let Some(token) = token {
         head.push_str(&format!("X-EXECD-ACCESS-TOKEN: {token}\r\n"));
+    }
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
     }
     head.push_str("\r\n");
     stream.write_all(head.as_bytes()).unwrap();
@@ -88,6 +103,17 @@ pub(crate) fn send(
         None => Some(head.header("content-length").map_or(0, |length| length.parse().unwrap())),
     };
     Streaming { head, reader, left }
+}
+
+impl Streaming {
+    /// Reads it to its end.
+    pub(crate) fn whole(mut self) -> Answer {
+        let mut bytes = Vec::new();
+        while let Some(chunk) = self.chunk() {
+            bytes.extend(chunk);
+        }
+        Answer { status: self.head.status, head: self.head, body: bytes }
+    }
 }
 
 /// A whole answer.
@@ -123,10 +149,5 @@ pub(crate) fn request(
     path: &str,
     body: &[u8],
 ) -> Answer {
-    let mut answer = send(address, token, method, path, body);
-    let mut bytes = Vec::new();
-    while let Some(chunk) = answer.chunk() {
-        bytes.extend(chunk);
-    }
-    Answer { status: answer.head.status, head: answer.head, body: bytes }
+    send(address, token, method, path, body).whole()
 }

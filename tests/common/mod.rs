@@ -12,6 +12,7 @@
     reason = "a test stops at the first surprise"
 )]
 
+pub(crate) mod files;
 pub(crate) mod http;
 pub(crate) mod machine;
 pub(crate) mod run;
