@@ -308,7 +308,9 @@ fn line_35_moves_and_replacements_of_lower_files_lose_nothing() {
         std::os::unix::fs::chown(folder.join(path), Some(7), Some(8)).unwrap();
         fs::set_permissions(folder.join(path), fs::Permissions::from_mode(mode)).unwrap();
     }
-    let session = daemon.create(&workspace(&folder, "overlay"));
+    let mut body = workspace(&folder, "overlay");
+    body["profile"] = json!("strict");
+    let session = daemon.create(&body);
     session.output("touch -h -d @1000000000 dir/sub/soft; touch -d @1000000002 dir/sub dir; setfattr -n user.tag -v kept dir/f 2>/dev/null; mkfifo dir/fifo; touch -d @1000000002 dir");
     let look = "find . -type d -printf '%p %y %m %U %G %Ts\\n' -o -printf '%p %y %m %U %G %n %Ts %l\\n' | sort; cat f; du -k sparse | cut -f1; cmp sparse sub/../sparse";
     let before = session.output(&format!("(cd dir; {look})"));

@@ -1,10 +1,10 @@
 //! Removing files, and whole trees as `rm -rf` does.
 
-use super::error::{Call, FileError};
+use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
 use super::tree::{DIRECTORY, Last, Worker, kind, open_below, split_below, stat_entry};
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, RawDir, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, unlinkat};
 use rustix::io::Errno;
 use std::ffi::{CString, OsStr};
 use std::mem::MaybeUninit;
@@ -41,13 +41,18 @@ impl Worker<'_> {
         }
     }
 
-    /// Removes a directory and everything in it. One that is not there is fine.
+    /// Removes a directory and everything in it, as far as that can be done. One that is not there is fine.
     ///
     /// # Errors
     /// [`super::Class::Invalid`] for what is no directory; what stands in the way of removing the rest.
     pub fn remove_directory(&self, text: &str) -> Result<(), FileError> {
         let path = self.path(text)?;
-        let Some(node) = self.node_if_any(&path, Last::Keep)? else { return Ok(()) };
+        let node = match self.node_if_any(&path, Last::Keep) {
+            // Below a file there is none, either.
+            Err(error) if error.errno() == Some(Errno::NOTDIR) => None,
+            found => found?,
+        };
+        let Some(node) = node else { return Ok(()) };
         if kind(&node.stat) != FileType::Directory {
             return Err(FileError::invalid(&path, "is no directory"));
         }
@@ -76,53 +81,85 @@ impl Worker<'_> {
         }
     }
 
-    /// Removes what is in a directory.
+    /// Removes what is in a directory, as far as that can be done; the first failure, if there was one.
     fn empty(&self, base: OwnedFd, path: &RootedPath) -> Result<(), FileError> {
-        let failed = |call, below: &[u8]| {
-            let path = path.join(OsStr::from_bytes(below));
-            move |errno| FileError::Call { call, path: path.to_string(), errno }
-        };
-        // Directories still to be emptied, and those that have been.
-        let mut stack = vec![(Vec::new(), false)];
-        while let Some((below, emptied)) = stack.pop() {
+        let mut emptying =
+            Emptying { worker: self, base, path, stack: vec![(Vec::new(), false)], failed: None };
+        while let Some((below, emptied)) = emptying.stack.pop() {
             self.go_on()?;
-            if emptied {
-                let (parent, name) = split_below(&below);
-                let parent = open_below(&base, parent, DIRECTORY, Mode::empty());
-                let removed = parent.and_then(|parent| unlinkat(parent, name, AtFlags::REMOVEDIR));
-                match removed {
-                    Ok(()) | Err(Errno::NOENT) => continue,
-                    Err(errno) => return Err(failed("unlinkat", &below)(errno)),
+            let step = if emptied { emptying.leave(&below) } else { emptying.enter(below) };
+            if let Err(error) = step {
+                if error.class() == Class::Cancelled {
+                    return Err(error);
                 }
+                emptying.failed.get_or_insert(error);
             }
-            let dir = match open_below(&base, &below, DIRECTORY, Mode::empty()) {
-                Ok(dir) => dir,
-                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
-                Err(errno) => return Err(failed("openat2", &below)(errno)),
-            };
-            super::tree::refuse_kernel(&dir, path)?;
-            if !below.is_empty() {
-                stack.push((below.clone(), true));
+        }
+        emptying.failed.map_or(Ok(()), Err)
+    }
+}
+
+/// A directory that is being emptied.
+struct Emptying<'a> {
+    worker: &'a Worker<'a>,
+    base: OwnedFd,
+    path: &'a RootedPath,
+    /// Directories below it that are still to be emptied, and those that have been and are to go.
+    stack: Vec<(Vec<u8>, bool)>,
+    failed: Option<FileError>,
+}
+
+impl Emptying<'_> {
+    fn failure(&self, call: &'static str, below: &[u8], errno: Errno) -> FileError {
+        FileError::Call { call, path: self.path.join(OsStr::from_bytes(below)).to_string(), errno }
+    }
+
+    fn leave(&self, below: &[u8]) -> Result<(), FileError> {
+        let (parent, name) = split_below(below);
+        let parent = open_below(&self.base, parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty());
+        match parent.and_then(|parent| unlinkat(parent, name, AtFlags::REMOVEDIR)) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(self.failure("unlinkat", below, errno)),
+        }
+    }
+
+    fn enter(&mut self, below: Vec<u8>) -> Result<(), FileError> {
+        if !below.is_empty() {
+            self.stack.push((below.clone(), true));
+        }
+        let dir = match open_below(&self.base, &below, DIRECTORY, Mode::empty()) {
+            Ok(dir) => dir,
+            // Gone, or something else by now.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(()),
+            Err(errno) => return Err(self.failure("openat2", &below, errno)),
+        };
+        super::tree::refuse_kernel(&dir, self.path)?;
+        for (name, is_dir) in names(&dir).map_err(|errno| self.failure("getdents64", &below, errno))? {
+            let mut full = below.clone();
+            if !full.is_empty() {
+                full.push(b'/');
             }
-            for (name, is_dir) in names(&dir).map_err(failed("getdents64", &below))? {
-                let mut full = below.clone();
-                if !full.is_empty() {
-                    full.push(b'/');
-                }
-                full.extend_from_slice(name.as_bytes());
-                if is_dir && full.len() < BELOW_BYTES_MAX {
-                    stack.push((full, false));
-                } else if is_dir {
-                    let name = OsStr::from_bytes(name.as_bytes());
-                    self.remove_tree(&dir, name, &path.join(OsStr::from_bytes(&below)))?;
-                } else {
-                    match unlinkat(&dir, &name, AtFlags::empty()) {
-                        Ok(()) | Err(Errno::NOENT) => {}
-                        // It has become a directory meanwhile.
-                        Err(Errno::ISDIR) => stack.push((full, false)),
-                        Err(errno) => return Err(failed("unlinkat", &full)(errno)),
+            full.extend_from_slice(name.as_bytes());
+            if is_dir && full.len() < BELOW_BYTES_MAX {
+                self.stack.push((full, false));
+                continue;
+            }
+            let removed = if is_dir {
+                let path = self.path.join(OsStr::from_bytes(&below));
+                self.worker.remove_tree(&dir, OsStr::from_bytes(name.as_bytes()), &path)
+            } else {
+                match unlinkat(&dir, &name, AtFlags::empty()) {
+                    Ok(()) | Err(Errno::NOENT) => Ok(()),
+                    // It has become a directory meanwhile.
+                    Err(Errno::ISDIR) => {
+                        self.stack.push((full, false));
+                        Ok(())
                     }
+                    Err(errno) => Err(self.failure("unlinkat", &full, errno)),
                 }
+            };
+            if let Err(error) = removed {
+                self.failed.get_or_insert(error);
             }
         }
         Ok(())
