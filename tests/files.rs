@@ -1,7 +1,7 @@
 //! A session's files over HTTP: what the original got wrong (api 7, lines 27 to 38, each with a test of its name), what
 //! the contract says, and what a session of each kind may do.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test stops at the first surprise")]
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod common;
 
@@ -415,6 +415,87 @@ fn line_37_uploads_land_whole_or_not_at_all() {
     session.upload("low.txt", "new\n");
     assert_eq!(session.output("cat <&7; cat low.txt; stat -c '%a %u %g' low.txt"), "low\nnew\n604 5 6\n");
     assert_eq!(session.output("ls -A"), "dir\nlow.txt\n");
+}
+
+#[test]
+fn mounts_stay_where_they_are() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let folder = daemon.folder("w");
+    for name in ["ro", "empty", "full", "bound"] {
+        fs::create_dir(folder.join(name)).unwrap();
+        fs::write(folder.join(name).join("f"), name).unwrap();
+    }
+    fs::remove_file(folder.join("empty/f")).unwrap();
+    fs::write(folder.join("single"), "under").unwrap();
+    let source = daemon.folder("source");
+    fs::write(source.join("single"), "over").unwrap();
+    let at = |name: &str| folder.join(name);
+    let session = daemon.create(&json!({
+        "overlays": [
+            {"path": folder, "mode": "rw"},
+            {"path": at("ro"), "mode": "ro"},
+            {"path": at("empty"), "mode": "overlay"},
+            {"path": at("full"), "mode": "overlay"},
+        ],
+        "binds": [
+            {"source": source.join("single"), "dest": at("single"), "readonly": true},
+            {"source": source, "dest": at("bound")},
+        ],
+    }));
+    let mounts = || session.output("cut -d' ' -f5 /proc/self/mountinfo");
+    let (before, look) = (mounts(), session.output("find . | sort"));
+    for name in ["ro", "empty", "bound", "single"] {
+        let there = format!("{name}2");
+        let moved = session.tell("/files/mv", &json!([{"src": name, "dest": there}]));
+        assert_eq!(failure(&moved), (409, "CONFLICT".into()), "{name}");
+        session.upload("f", "f");
+        let over = session.tell(
+            "/files/mv",
+            &json!([{"src": if name == "single" { "f" } else { "full/.." }, "dest": name}]),
+        );
+        assert!(matches!(over.status, 400 | 409), "{name}: {}", over.status);
+        let route = if name == "single" { "/files" } else { "/directories" };
+        if name == "empty" || name == "single" {
+            assert_eq!(
+                failure(&session.ask("DELETE", route, &[("path", name)])),
+                (409, "CONFLICT".into()),
+                "{name}"
+            );
+        }
+    }
+    assert_eq!(session.upload_as(&json!({"path": "single"}), b"x").failure().0, 403);
+    for name in ["ro", "full"] {
+        assert_eq!(failure(&session.ask("DELETE", "/directories", &[("path", name)])).0, 409);
+    }
+    session.output("rm f");
+    assert_eq!((mounts(), session.output("find . | sort")), (before, look));
+    assert_eq!(fs::read_to_string(at("single")).unwrap(), "under");
+    assert_eq!(fs::read_to_string(source.join("single")).unwrap(), "over");
+}
+
+#[test]
+fn a_refusal_reaches_a_client_that_is_still_sending() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let (session, _) = session(&daemon, "ro");
+    let form = common::files::form(&[Part::metadata(r#"{"path":"x"}"#), Part::file(&vec![b'x'; 20 << 20])]);
+    for (rest, status) in [
+        (session.route("/files/upload"), 403),
+        ("/v1/isolated/session/none/files/upload".into(), 404),
+        ("/nowhere".into(), 404),
+    ] {
+        let head = format!(
+            "POST {rest} HTTP/1.1\r\nHost: execd\r\nContent-Length: {}\r\nContent-Type: {}\r\n\r\n",
+            form.len(),
+            common::files::form_type()
+        );
+        let mut client = std::net::TcpStream::connect(daemon.address).unwrap();
+        // Everything is taken, and only then somebody looks for the answer.
+        std::io::Write::write_all(&mut client, head.as_bytes()).unwrap();
+        std::io::Write::write_all(&mut client, &form).unwrap_or_else(|error| panic!("{rest}: {error}"));
+        let mut answer = [0; 12];
+        std::io::Read::read_exact(&mut client, &mut answer).unwrap();
+        assert_eq!(String::from_utf8_lossy(&answer), format!("HTTP/1.1 {status}"), "{rest}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
 use super::replace::Sparse;
 use super::stage::PARENT_MODE;
-use super::tree::{DIRECTORY, Worker, kind, open_below, split_below, stat_entry};
+use super::tree::{DIRECTORY, Worker, identity, kind, open_below, split_below, stat_entry, unlink};
 use super::walk::{Order, Walk};
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
@@ -16,7 +16,7 @@ use flate2::write::GzEncoder;
 use rustix::fd::OwnedFd;
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_OMIT, linkat, mkdirat, mknodat,
-    openat, symlinkat, unlinkat, utimensat,
+    openat, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 use std::cell::Cell;
@@ -197,7 +197,7 @@ impl Worker<'_> {
             target.directories.push((below, mode, times));
             return Ok(());
         }
-        match unlinkat(&dir, last, AtFlags::empty()) {
+        match unlink(&dir, last, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(errno) => return Err(errno).call("unlinkat", &path),
         }
@@ -326,10 +326,6 @@ fn modified(seconds: u64) -> Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
         last_modification: Timespec { tv_sec: i64::try_from(seconds).unwrap_or(0), tv_nsec: 0 },
     }
-}
-
-fn identity(stat: &Statx) -> (u32, u32, u64) {
-    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)
 }
 
 /// A failure on the archive's side.

@@ -7,14 +7,17 @@
 use super::error::{Call, FileError};
 use super::path::RootedPath;
 use super::stage::{PARENT_MODE, random_name};
-use super::tree::{Worker, kind, open_below, permissions, refuse_kernel, split_below, stat, stat_entry};
+use super::tree::{
+    Worker, identity, kind, open_below, permissions, refuse_kernel, rename, split_below, stat, stat_entry,
+    unlink,
+};
 use super::walk::{Order, Walk};
 use super::xattr;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
     Access, AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Statx, StatxTimestamp, Timespec, Timestamps, Uid,
     accessat, chownat, copy_file_range, fchmod, ftruncate, futimens, linkat, makedev, mkdirat, mknodat,
-    openat, readlinkat, renameat, seek, symlinkat, utimensat,
+    openat, readlinkat, seek, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -37,9 +40,9 @@ impl Worker<'_> {
         let to_dir = self.make_directories(&to_parent, PARENT_MODE)?;
         if is_other_name_of(&source, &from_dir, &from_name, &to_dir, &to_name) {
             // To the kernel this is nothing to do (rename(2)).
-            return rustix::fs::unlinkat(&from_dir, &from_name, AtFlags::empty()).call("unlinkat", &from);
+            return unlink(&from_dir, &from_name, AtFlags::empty()).call("unlinkat", &from);
         }
-        match renameat(&from_dir, &from_name, &to_dir, &to_name) {
+        match rename(&from_dir, &from_name, &to_dir, &to_name) {
             Err(Errno::XDEV) => {}
             done => return done.call("renameat", &to),
         }
@@ -49,7 +52,7 @@ impl Worker<'_> {
         let passing = OsString::from(random_name());
         let copied = self
             .copy(&from_dir, &from_name, &source, &to_dir, &passing, &from)
-            .and_then(|()| renameat(&to_dir, &passing, &to_dir, &to_name).call("renameat", &to));
+            .and_then(|()| rename(&to_dir, &passing, &to_dir, &to_name).call("renameat", &to));
         if let Err(error) = copied {
             // Whatever the reason was, also that nobody wants it any more: it does not stay.
             self.insist();
@@ -254,10 +257,6 @@ fn is_other_name_of(
     let is_same_name = from_name == to_name
         && matches!((stat(from, ""), stat(to, "")), (Ok(a), Ok(b)) if identity(&a) == identity(&b));
     is_same && !is_same_name
-}
-
-fn identity(stat: &Statx) -> (u32, u32, u64) {
-    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)
 }
 
 /// Gives a copy what its original has: owner, mode, attributes, times, in the order in which they undo each other.

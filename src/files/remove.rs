@@ -2,9 +2,9 @@
 
 use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
-use super::tree::{DIRECTORY, Last, Worker, kind, open_below, split_below, stat_entry};
+use super::tree::{DIRECTORY, Last, Worker, kind, open_below, split_below, stat_entry, unlink};
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 use std::ffi::{CString, OsStr};
 use std::mem::MaybeUninit;
@@ -25,7 +25,7 @@ impl Worker<'_> {
     pub fn remove_file(&self, text: &str) -> Result<(), FileError> {
         let path = self.path(text)?;
         let (parent, name) = self.entry(&path)?;
-        unlinkat(&parent, &name, AtFlags::empty()).call("unlinkat", &path)
+        unlink(&parent, &name, AtFlags::empty()).call("unlinkat", &path)
     }
 
     /// Whether [`Worker::remove_file`] makes sense, without doing anything.
@@ -117,7 +117,7 @@ impl Emptying<'_> {
     fn leave(&self, below: &[u8]) -> Result<(), FileError> {
         let (parent, name) = split_below(below);
         let parent = open_below(&self.base, parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty());
-        match parent.and_then(|parent| unlinkat(parent, name, AtFlags::REMOVEDIR)) {
+        match parent.and_then(|parent| unlink(parent, name, AtFlags::REMOVEDIR)) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(self.failure("unlinkat", below, errno)),
         }
@@ -148,7 +148,7 @@ impl Emptying<'_> {
                 let path = self.path.join(OsStr::from_bytes(&below));
                 self.worker.remove_tree(&dir, OsStr::from_bytes(name.as_bytes()), &path)
             } else {
-                match unlinkat(&dir, &name, AtFlags::empty()) {
+                match unlink(&dir, OsStr::from_bytes(name.as_bytes()), AtFlags::empty()) {
                     Ok(()) | Err(Errno::NOENT) => Ok(()),
                     // It has become a directory meanwhile.
                     Err(Errno::ISDIR) => {
@@ -168,10 +168,10 @@ impl Emptying<'_> {
 
 /// Removes a file or an empty directory.
 fn remove_entry(parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
-    match unlinkat(parent, name, AtFlags::empty()) {
-        Err(Errno::ISDIR) => unlinkat(parent, name, AtFlags::REMOVEDIR),
+    match unlink(parent, name, AtFlags::empty()) {
+        Err(Errno::ISDIR) => unlink(parent, name, AtFlags::REMOVEDIR),
         // What Linux answers without the right to unlink directories, which nobody has (unlink(2)).
-        Err(Errno::PERM) if is_directory(parent, name) => unlinkat(parent, name, AtFlags::REMOVEDIR),
+        Err(Errno::PERM) if is_directory(parent, name) => unlink(parent, name, AtFlags::REMOVEDIR),
         done => done,
     }
 }

@@ -8,7 +8,7 @@
 use super::change::Ownership;
 use super::error::{Call, FileError};
 use super::path::RootedPath;
-use super::tree::{Node, Worker, permissions, proc_path, require_regular, stat};
+use super::tree::{Node, Worker, permissions, proc_path, rename, require_regular, stat};
 use super::xattr;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -73,8 +73,8 @@ impl Worker<'_> {
         let (path, old) = self.real_end(path)?;
         let mut place = Place { path, old, over: false };
         if let Some(old) = &place.old {
-            require_regular(&old.stat, &place.path)?;
             super::tree::refuse_kernel(&old.fd, &place.path)?;
+            require_regular(&old.stat, &place.path)?;
         }
         place.path.split()?;
         let dir = self.deepest_directory(&place.path)?;
@@ -172,7 +172,7 @@ impl Worker<'_> {
         }
         match &staged.name {
             Some((dir, own)) => {
-                rustix::fs::renameat(dir, own, &parent, &name).call("renameat", path)?;
+                rename(dir, own, &parent, &name).call("renameat", path)?;
                 staged.name = None;
             }
             None => {
@@ -186,7 +186,7 @@ impl Worker<'_> {
                     Err(Errno::EXIST) => {
                         let passing = random_name();
                         link(passing.as_ref()).call("linkat", path)?;
-                        if let Err(errno) = rustix::fs::renameat(&parent, &passing, &parent, &name) {
+                        if let Err(errno) = rename(&parent, &passing, &parent, &name) {
                             let _ = rustix::fs::unlinkat(&parent, &passing, AtFlags::empty());
                             return Err(errno).call("renameat", path);
                         }

@@ -7,7 +7,7 @@ use super::path::RootedPath;
 use crate::sandbox::launch::Sandbox;
 use execd_init_shim::messages::IdMap;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use std::cell::{Cell, OnceCell};
 use std::ffi::{OsStr, OsString};
@@ -146,6 +146,11 @@ pub(super) fn kind(stat: &Statx) -> FileType {
     FileType::from_raw_mode(stat.stx_mode.into())
 }
 
+/// What tells one file from another: device and inode.
+pub(super) fn identity(stat: &Statx) -> (u32, u32, u64) {
+    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)
+}
+
 pub(super) fn permissions(stat: &Statx) -> Mode {
     Mode::from_raw_mode(u32::from(stat.stx_mode) & 0o7777)
 }
@@ -179,6 +184,36 @@ pub(super) fn open_below(base: impl AsFd, below: &[u8], flags: OFlags, mode: Mod
     let below = if below.is_empty() { b"." } else { below };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     retry(|| rustix::fs::openat2(&base, below, flags | OFlags::CLOEXEC, mode, resolve))
+}
+
+/// Refuses the root of a mount. To the kernel a name is only in use as a mount point where the caller's own mount
+/// namespace has a mount there (`d_mountpoint`), and this thread's is another: it would remove the name, and detach the
+/// session's mount with it (since kernel 3.18). Nobody in a session can mount, or rename what is mounted on, so this
+/// stays true until the call that follows.
+fn refuse_mount_point(dir: impl AsFd, name: &OsStr) -> Result<(), Errno> {
+    match stat_entry(dir, name) {
+        Ok(stat) if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) => Err(Errno::BUSY),
+        Ok(_) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// unlinkat(2) as it would go in the session.
+pub(super) fn unlink(dir: impl AsFd, name: impl AsRef<OsStr>, flags: AtFlags) -> Result<(), Errno> {
+    refuse_mount_point(&dir, name.as_ref())?;
+    rustix::fs::unlinkat(dir, name.as_ref(), flags)
+}
+
+/// renameat(2) as it would go in the session.
+pub(super) fn rename(
+    from: impl AsFd,
+    name: impl AsRef<OsStr>,
+    to: impl AsFd,
+    new_name: impl AsRef<OsStr>,
+) -> Result<(), Errno> {
+    refuse_mount_point(&from, name.as_ref())?;
+    refuse_mount_point(&to, new_name.as_ref())?;
+    rustix::fs::renameat(from, name.as_ref(), to, new_name.as_ref())
 }
 
 /// The directory that a path below another leads to, and the last name.
@@ -260,8 +295,8 @@ impl Worker<'_> {
     /// effects.
     pub(super) fn regular(&self, path: &RootedPath) -> Result<Node, FileError> {
         let node = self.node(path, Last::Follow)?;
-        require_regular(&node.stat, path)?;
         refuse_kernel(&node.fd, path)?;
+        require_regular(&node.stat, path)?;
         Ok(node)
     }
 

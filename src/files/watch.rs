@@ -6,7 +6,7 @@
 
 use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
-use super::tree::{DIRECTORY, Last, Worker, kind, open_below, proc_path, refuse_kernel};
+use super::tree::{DIRECTORY, Last, Worker, identity, kind, open_below, proc_path, refuse_kernel, stat};
 use super::walk::{Order, Walk};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -57,7 +57,8 @@ pub struct Change {
 pub struct Watch {
     inotify: OwnedFd,
     root: RootedPath,
-    base: OwnedFd,
+    /// The root's device and inode. It is not kept open: that would keep the news of its end from coming.
+    identity: (u32, u32, u64),
     /// The one name that counts, where a file is watched.
     only: Option<Vec<u8>>,
     directories: HashMap<i32, Vec<u8>>,
@@ -100,17 +101,19 @@ impl Worker<'_> {
         let inotify =
             inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).call("inotify_init1", &root)?;
         let base = self.readable_directory(&root)?;
+        let identity = identity(&stat(&base, &root)?);
+        drop(base);
         let mut watch = Watch {
             inotify,
             root,
-            base,
+            identity,
             only,
             directories: HashMap::new(),
             leaving: None,
             told: HashSet::new(),
             ended: false,
         };
-        watch.add(b"")?;
+        watch.add(self, b"")?;
         if watch.only.is_none() {
             watch.add_below(self, b"", &mut |_, _| {})?;
         }
@@ -231,7 +234,7 @@ impl Watch {
     /// Watches a directory that has appeared, and tells what is in it already.
     fn appeared(&mut self, worker: &Worker<'_>, below: &[u8], changes: &mut Vec<Change>) {
         let mut found = Vec::new();
-        let added = self.add(below).and_then(|()| {
+        let added = self.add(worker, below).and_then(|()| {
             self.add_below(worker, below, &mut |below, is_directory| {
                 found.push((below.to_vec(), is_directory))
             })
@@ -269,13 +272,13 @@ impl Watch {
         }
     }
 
-    fn add(&mut self, below: &[u8]) -> Result<(), FileError> {
+    fn add(&mut self, worker: &Worker<'_>, below: &[u8]) -> Result<(), FileError> {
         let path = self.root.join(OsStr::from_bytes(below));
         if self.directories.len() >= DIRECTORIES_MAX {
             let reason = format!("more than {DIRECTORIES_MAX} directories cannot be watched at once");
             return Err(FileError::refused(path, Class::Busy, reason));
         }
-        let dir = open_below(&self.base, below, DIRECTORY, Mode::empty()).call("openat2", &path)?;
+        let dir = self.open(worker, below)?;
         refuse_kernel(&dir, &path)?;
         let flags = WatchFlags::CREATE
             | WatchFlags::DELETE
@@ -309,8 +312,7 @@ impl Watch {
         below: &[u8],
         found: &mut dyn FnMut(&[u8], bool),
     ) -> Result<(), FileError> {
-        let path = self.root.join(OsStr::from_bytes(below));
-        let dir = open_below(&self.base, below, DIRECTORY, Mode::empty()).call("openat2", &path)?;
+        let dir = self.open(worker, below)?;
         let mut walk =
             Walk::new(dir, Order::Names, usize::MAX, |seen| Ok(Some(seen.kind == FileType::Directory)));
         let mut is_first = true;
@@ -320,7 +322,7 @@ impl Watch {
                     let full = join(below, &inner);
                     found(&full, is_directory);
                     if is_directory {
-                        match self.add(&full) {
+                        match self.add(worker, &full) {
                             Err(error) if error.class() == Class::Busy => return Err(error),
                             _ => {}
                         }
@@ -332,6 +334,16 @@ impl Watch {
             is_first = false;
         }
         Ok(())
+    }
+
+    /// A directory below the root, as long as the root's path still leads to it.
+    fn open(&self, worker: &Worker<'_>, below: &[u8]) -> Result<OwnedFd, FileError> {
+        let path = self.root.join(OsStr::from_bytes(below));
+        let base = worker.readable_directory(&self.root)?;
+        if identity(&stat(&base, &self.root)?) != self.identity {
+            return Err(FileError::refused(&path, Class::NotFound, "is another directory by now"));
+        }
+        open_below(base, below, DIRECTORY, Mode::empty()).call("openat2", &path)
     }
 
     fn change(&self, kind: ChangeKind, below: &[u8], is_directory: bool) -> Change {

@@ -69,19 +69,30 @@ pub(super) async fn unpack(
     });
     let mut body = request.into_body().into_data_stream();
     let sent = async {
-        while let Some(piece) = heard(&visit, body.next()).await? {
-            let piece = piece.map_err(|_| io::ErrorKind::ConnectionAborted.into());
+        loop {
+            let heard = heard(&visit, body.next()).await;
+            let piece = match &heard {
+                Ok(None) => break,
+                Ok(Some(Ok(piece))) => Ok(piece.clone()),
+                // An archive that breaks off is not one that is complete.
+                Ok(Some(Err(_))) | Err(_) => Err(io::ErrorKind::ConnectionAborted.into()),
+            };
+            let broke_off = piece.is_err();
             if sender.send(piece).await.is_err() {
                 // The archive is complete without it, or has been refused.
                 break;
+            }
+            if broke_off {
+                return heard.map(drop);
             }
         }
         drop(sender);
         Ok(())
     };
     let (unpacked, sent) = tokio::join!(unpacked, sent);
+    sent?;
     unpacked?;
-    sent.map(|()| StatusCode::OK)
+    Ok(StatusCode::OK)
 }
 
 /// Passes on what a thread writes.

@@ -206,9 +206,9 @@ async fn attributes_by_path(
 ) -> Result<Vec<(String, Attributes)>, ApiError> {
     find(app, id)?;
     let Json(wanted) =
-        Json::<BTreeMap<String, Object<AttributesRequest>>>::from_request(request, app).await?;
+        Json::<BTreeMap<String, Option<Object<AttributesRequest>>>>::from_request(request, app).await?;
     check_batch(wanted.len())?;
-    wanted.into_iter().map(|(path, Object(wanted))| Ok((path, wanted.attributes()?))).collect()
+    wanted.into_iter().map(|(path, wanted)| Ok((path, wanted.unwrap_or_default().0.attributes()?))).collect()
 }
 
 /// Always with the counts: a client that did not ask for them ignores the body (api 2.9).

@@ -1,6 +1,6 @@
 //! The HTTP side: extract, validate, call, render. Nothing here that a command line tool would need.
 //!
-//! [`server`] accepts connections, [`auth`] and [`trace`] wrap every route, [`isolated`] has the routes of
+//! [`server`] accepts connections, [`auth`], [`drain`] and [`trace`] wrap every route, [`isolated`] has the routes of
 //! isolated sessions, [`runs`] those of their runs, [`dto`] their bodies, [`events`] the stream of a run. [`files`] has the
 //! routes of their files; [`download`], [`upload`], [`archive`] and [`watch`] are those of them that stream. [`error`] is
 //! the only place that knows which failure is which status.
@@ -8,6 +8,7 @@
 mod archive;
 pub mod auth;
 mod download;
+mod drain;
 pub mod dto;
 pub mod error;
 pub mod events;
@@ -48,6 +49,7 @@ pub fn router(app: App) -> Router {
         .route("/ping", get(ping))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
+        .layer(from_fn(drain::drain))
         .layer(from_fn(trace::observe))
         .with_state(app)
 }
