@@ -82,7 +82,7 @@ fn step(random: &mut Random) -> Step {
             let chmod = if with_mode { format!("chmod {mode:o} .t &&") } else { String::new() };
             // As a careful program does it: what there is keeps its owner and its mode.
             let script = format!(
-                "p=$(readlink -m {path}); [ ! -e $p ] || [ -f $p ] || exit 1; {} mkdir -p $(dirname $p) && \
+                "p=$(readlink -m {path}); [ ! -L $p ] || exit 1; [ ! -e $p ] || [ -f $p ] || exit 1; {} mkdir -p $(dirname $p) && \
                  echo '{}' > .t && {{ [ ! -e $p ] || {{ chown --reference=$p .t; chmod --reference=$p .t; }}; }} && {chmod} mv -T .t $p || {{ rm -f .t; exit 1; }}",
                 parents(&path),
                 content.trim_end(),
@@ -125,7 +125,7 @@ fn step(random: &mut Random) -> Step {
             let body: Value = json!({path.clone(): {"old": old, "new": new}});
             Step {
                 script: format!(
-                    "[ -f {path} ] && {{ ! grep -q '{old}' {path} || sed -i --follow-symlinks 's/{old}/{new}/g' {path}; }}"
+                    "[ -f {path} ] && {{ ! grep -q '{old}' {path} || {{ m=$(stat -Lc %a {path}); sed -i --follow-symlinks 's/{old}/{new}/g' {path} && chmod 00$m {path}; }}; }}"
                 ),
                 told: told("replace"),
                 request: Box::new(move |session| session.tell("/files/replace", &body).status),

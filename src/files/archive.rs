@@ -62,7 +62,7 @@ impl Worker<'_> {
         while let Some(step) = walk.next(self) {
             let (below, stat) = match step {
                 Ok(found) => found,
-                Err(error) if error.errno() == Some(Errno::NOENT) => continue,
+                Err(error) if error.errno().is_some_and(is_gone) => continue,
                 Err(error) => return Err(error),
             };
             let path = Path::new(OsStr::from_bytes(&below));
@@ -76,7 +76,7 @@ impl Worker<'_> {
                     links.insert(identity(&stat), path.to_path_buf());
                 }
                 match self.pack_entry(&mut builder, header, &stat, walk.base(), &below) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                    Err(error) if Errno::from_io_error(&error).is_some_and(is_gone) => Ok(()),
                     packed => packed,
                 }
             };
@@ -314,6 +314,11 @@ impl Target {
         }
         Ok(())
     }
+}
+
+/// What a name answers that has been found a moment ago and is no longer what it was.
+fn is_gone(errno: Errno) -> bool {
+    matches!(errno, Errno::NOENT | Errno::NOTDIR | Errno::LOOP)
 }
 
 fn link_name(entry: &Entry<'_, impl Read>, path: &RootedPath) -> Result<Vec<u8>, FileError> {

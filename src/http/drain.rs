@@ -16,8 +16,8 @@ use std::time::Duration;
 
 /// What is thrown away of one body; bytes.
 const BYTES_MAX: usize = 256 << 20;
-/// How long that may take.
-const TIME_MAX: Duration = Duration::from_secs(30);
+/// A client that has been silent for so long is not busy sending.
+const SILENCE_MAX: Duration = Duration::from_secs(1);
 
 /// Has what is left of a request's body read when its handler has not.
 pub(super) async fn drain(request: Request, next: Next) -> Response {
@@ -61,14 +61,14 @@ impl Drop for Draining {
         let Some(body) = self.body.take().filter(|body| !self.waits && !body.is_end_stream()) else { return };
         // Outside of the runtime there is no connection any more, either.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(tokio::time::timeout(TIME_MAX, throw_away(body)));
+            runtime.spawn(throw_away(body));
         }
     }
 }
 
 async fn throw_away(mut body: Body) {
     let mut left = BYTES_MAX;
-    while let Some(Ok(frame)) = body.frame().await {
+    while let Ok(Some(Ok(frame))) = tokio::time::timeout(SILENCE_MAX, body.frame()).await {
         match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
             Some(rest) => left = rest,
             None => break,
