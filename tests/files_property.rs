@@ -247,7 +247,7 @@ fn plant(folder: &Path, owner: u32) {
 fn same_trees(mode: &str, uid: Option<u32>) {
     let Some(daemon) = Setup::new().start() else { return };
     let seeds = std::env::var("EXECD_TEST_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS);
-    for seed in (std::env::var("FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(1))..=seeds {
+    for seed in 1..=seeds {
         let mut random = Random((seed << 20) + (mode.len() as u64) + u64::from(uid.unwrap_or(0)));
         let session = |name: &str| {
             let folder = daemon.folder(&format!("{name}{seed}"));
