@@ -39,8 +39,15 @@ impl Door {
 
     /// Goes inside; `None` once the session ends.
     pub(super) async fn enter(&self) -> Option<Visit> {
-        let guard = Arc::clone(&self.inside).read_owned().await;
-        OwnedRwLockReadGuard::try_map(guard, Option::as_ref).ok()
+        let mut shut = self.watch();
+        tokio::select! {
+            biased;
+            // Somebody may take for ever to leave; those who come meanwhile do not wait for that.
+            _ = shut.wait_for(|shut| *shut) => None,
+            guard = Arc::clone(&self.inside).read_owned() => {
+                OwnedRwLockReadGuard::try_map(guard, Option::as_ref).ok()
+            }
+        }
     }
 
     /// Tells those inside when they are to leave.
