@@ -4,6 +4,7 @@ use super::Session;
 use super::http::{Answer, Streaming, send_with};
 use serde_json::{Value, json};
 use std::path::Path;
+use tar::{EntryType, Header};
 
 /// Between the parts of forms.
 pub(crate) const BOUNDARY: &str = "----execd-tests";
@@ -125,4 +126,32 @@ impl Session<'_> {
         let shorten = |path: String| path.strip_prefix(&prefix).map(str::to_owned).unwrap_or(path);
         self.paths(route, pairs).into_iter().map(shorten).collect()
     }
+}
+
+/// A tar with these files.
+pub(crate) fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (path, content) in files {
+        append(&mut builder, EntryType::Regular, path, "", content);
+    }
+    builder.into_inner().unwrap()
+}
+
+/// Adds an entry as it is; the library itself would refuse some of these names.
+pub(crate) fn append(
+    builder: &mut tar::Builder<Vec<u8>>,
+    kind: EntryType,
+    path: &str,
+    link: &str,
+    content: &[u8],
+) {
+    let mut header = Header::new_gnu();
+    header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+    header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
+    header.set_entry_type(kind);
+    header.set_mode(0o4755);
+    header.set_uid(7);
+    header.set_size(content.len() as u64);
+    header.set_cksum();
+    builder.append(&header, content).unwrap();
 }
