@@ -76,6 +76,11 @@ where
         &self.base
     }
 
+    /// Whether what was read last, or could not be, is below the root of the walk.
+    pub(super) fn is_below_root(&self) -> bool {
+        !self.stack.is_empty()
+    }
+
     /// The next item, with its path below the root of the walk. After the failure of one directory it goes on with
     /// the next.
     pub(super) fn next(&mut self, worker: &Worker<'_>) -> Option<Result<(Vec<u8>, T), FileError>> {
@@ -215,14 +220,12 @@ impl Worker<'_> {
     where
         F: FnMut(Seen<'_>) -> Result<Option<T>, Errno>,
     {
-        let mut is_root = true;
         while let Some(step) = walk.next(self) {
             match step {
                 Ok((below, item)) => each(&below, item)?,
-                Err(error) if !is_root && is_passed_over(&error) => {}
+                Err(error) if walk.is_below_root() && is_passed_over(&error) => {}
                 Err(error) => return Err(error),
             }
-            is_root = false;
         }
         Ok(())
     }

@@ -315,7 +315,6 @@ impl Watch {
         let dir = self.open(worker, below)?;
         let mut walk =
             Walk::new(dir, Order::Names, usize::MAX, |seen| Ok(Some(seen.kind == FileType::Directory)));
-        let mut is_first = true;
         while let Some(step) = walk.next(worker) {
             match step {
                 Ok((inner, is_directory)) => {
@@ -328,10 +327,11 @@ impl Watch {
                         }
                     }
                 }
-                Err(error) if is_first || error.class() == Class::Cancelled => return Err(error),
+                Err(error) if !walk.is_below_root() || error.class() == Class::Cancelled => {
+                    return Err(error);
+                }
                 Err(_) => {}
             }
-            is_first = false;
         }
         Ok(())
     }
