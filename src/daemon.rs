@@ -116,6 +116,11 @@ async fn run(args: &ServeArgs, machine: Machine) -> anyhow::Result<()> {
         token = !args.access_token.is_empty(),
         "listening"
     );
+    if args.access_token.is_empty() && !address.ip().is_loopback() {
+        tracing::warn!(
+            "whoever reaches this port can run code: set EXECD_ACCESS_TOKEN, or --listen 127.0.0.1"
+        );
+    }
     let (stop, stopped) = watch::channel(false);
     let drain_max = args.graceful_shutdown_timeout.min(SHUTDOWN_MAX);
     let router = http::router(app);

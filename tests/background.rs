@@ -5,7 +5,7 @@
 mod common;
 
 use common::run::Stream;
-use common::{Daemon, OTHER_ID, Session, Setup, eventually, machine, workspace};
+use common::{Daemon, OTHER_ID, Session, Setup, eventually, machine, settled, workspace};
 use serde_json::{Value, json};
 
 /// A background run.
@@ -362,7 +362,7 @@ fn background_runs_leave_nothing() {
     (0..5).for_each(|_| cycle(&daemon));
     let left = || (machine::descriptors(daemon.pid()), machine::descendants(daemon.pid()).len());
     eventually("things are quiet", || left().1 == 1);
-    let before = left();
+    let before = settled(left);
     (0..30).for_each(|_| cycle(&daemon));
     eventually("all is as before", || left() == before);
 }

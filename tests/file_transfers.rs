@@ -311,7 +311,17 @@ fn a_session_ends_whatever_its_clients_do() {
         session.route("/directories/archive")
     );
     archive.write_all(&[head.as_bytes(), &tar_of(&[("x", b"y")])[..600]].concat()).unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    // A replacement that writes without end, and that no full disk stops: zeros become holes.
+    session.output("head -c 262144 /dev/zero | tr '\\0' a > a");
+    let body = json!({"a": {"old": "a", "new": "\0".repeat(20_000)}}).to_string();
+    let mut replace = TcpStream::connect(daemon.address).unwrap();
+    let head = format!(
+        "POST {} HTTP/1.1\r\nHost: execd\r\nContent-Length: {}\r\n\r\n",
+        session.route("/files/replace"),
+        body.len()
+    );
+    replace.write_all(&[head.as_bytes(), body.as_bytes()].concat()).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
     session.delete();
     assert_eq!(machine::names(&daemon.upper_root()).into_iter().collect::<Vec<_>>(), [".trash"]);
     for (stream, what) in [(&mut upload, "upload"), (&mut archive, "archive")] {

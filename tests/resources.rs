@@ -6,7 +6,7 @@
 mod common;
 
 use common::machine::{self, Known, has_program};
-use common::{Daemon, OTHER_ID, Session, Setup, eventually, skip, workspace};
+use common::{Daemon, OTHER_ID, Session, Setup, eventually, settled, skip, workspace};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -74,14 +74,7 @@ fn two_hundred_sessions_leave_nothing() {
     };
     // The first ones may load what is kept: thread pools, the resolver's file.
     (0..20).for_each(cycle);
-    // A connection is closed a moment after its answer has been read.
-    let mut before = left(&daemon);
-    eventually("things are quiet", || {
-        let now = left(&daemon);
-        let same = now == before;
-        before = now;
-        same
-    });
+    let before = settled(|| left(&daemon));
     (0..200).for_each(cycle);
     let mut after = left(&daemon);
     let deadline = std::time::Instant::now() + common::HANG;
@@ -102,7 +95,7 @@ fn creations_that_fail_leave_nothing() {
     let Some(daemon) = Setup::new().setting("session.spares = 0").start() else { return };
     daemon.session("w").delete();
     daemon.folder("w/sub");
-    let before = left(&daemon);
+    let before = settled(|| left(&daemon));
     // The mount point cannot be made: it is refused while the sandbox is built, or before.
     let mut body = workspace(&daemon.path("w"), "rw");
     body["binds"] = json!([{"source": daemon.path("w/sub"), "dest": "/etc/nonesuch/deep"}]);

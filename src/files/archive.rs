@@ -6,8 +6,8 @@
 
 use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
-use super::replace::Sparse;
 use super::stage::PARENT_MODE;
+use super::stream::{Sparse, Wanted};
 use super::tree::{DIRECTORY, Worker, identity, kind, open_below, split_below, stat_entry, unlink};
 use super::walk::{Order, Walk};
 use flate2::Compression;
@@ -20,7 +20,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -34,6 +34,8 @@ const PIECE_BYTES: usize = 128 * 1024;
 /// What one entry may say about itself besides its content: long names, extended attributes. The library keeps that in
 /// memory. Bytes.
 const PREAMBLE_BYTES_MAX: u64 = 1 << 20;
+/// What is kept of the directories of one archive, to give them their modes and times in the end; bytes.
+const DIRECTORIES_BYTES_MAX: usize = 32 << 20;
 /// The first bytes of anything packed with gzip (RFC 1952).
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
@@ -158,10 +160,11 @@ impl Worker<'_> {
         let plain: Box<dyn Read + '_> =
             if is_packed { Box::new(MultiGzDecoder::new(from)) } else { Box::new(from) };
         let left = Rc::new(Cell::new(0));
-        let mut archive = Archive::new(Metered { inner: plain, left: Rc::clone(&left) });
+        let mut archive =
+            Archive::new(Metered { inner: Wanted { worker: self, inner: plain }, left: Rc::clone(&left) });
         let dir = self.make_directories(&root, PARENT_MODE)?;
         let base = open_below(&dir, b"", DIRECTORY, Mode::empty()).call("openat2", &root)?;
-        let mut target = Target { base, root: root.clone(), directories: Vec::new() };
+        let mut target = Target { base, root: root.clone(), directories: BTreeMap::new(), bytes: 0 };
         let mut entries = archive.entries().map_err(broken)?;
         loop {
             self.go_on()?;
@@ -173,7 +176,7 @@ impl Worker<'_> {
             // What nobody has asked for does not count as part of the next one.
             io::copy(&mut entry, &mut io::sink()).map_err(broken)?;
         }
-        target.finish()
+        target.finish(self)
     }
 
     fn unpack_entry(&self, entry: &mut Entry<'_, impl Read>, target: &mut Target) -> Result<(), FileError> {
@@ -194,8 +197,7 @@ impl Worker<'_> {
         let dir = target.directory(parent)?;
         if entry_type == EntryType::Directory {
             target.make_directory(&dir, last, &path)?;
-            target.directories.push((below, mode, times));
-            return Ok(());
+            return target.note(below, mode, times);
         }
         match unlink(&dir, last, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
@@ -257,7 +259,9 @@ struct Target {
     base: OwnedFd,
     root: RootedPath,
     /// Those of the archive, with what they are to have once everything is in them.
-    directories: Vec<(Vec<u8>, Mode, Timestamps)>,
+    directories: BTreeMap<Vec<u8>, (Mode, Timestamps)>,
+    /// What their names take.
+    bytes: usize,
 }
 
 impl Target {
@@ -304,9 +308,25 @@ impl Target {
         }
     }
 
+    fn note(&mut self, below: Vec<u8>, mode: Mode, times: Timestamps) -> Result<(), FileError> {
+        let length = below.len() + size_of::<(Vec<u8>, Mode, Timestamps)>();
+        if self.directories.insert(below, (mode, times)).is_none() {
+            self.bytes += length;
+        }
+        if self.bytes > DIRECTORIES_BYTES_MAX {
+            return Err(FileError::refused(
+                &self.root,
+                Class::TooLarge,
+                "the archive has too many directories",
+            ));
+        }
+        Ok(())
+    }
+
     /// From below, since a mode may forbid what is still to come.
-    fn finish(self) -> Result<(), FileError> {
-        for (below, mode, times) in self.directories.iter().rev() {
+    fn finish(self, worker: &Worker<'_>) -> Result<(), FileError> {
+        for (below, (mode, times)) in self.directories.iter().rev() {
+            worker.go_on()?;
             let path = self.root.join(OsStr::from_bytes(below));
             let dir = open_below(&self.base, below, DIRECTORY, Mode::empty()).call("openat2", &path)?;
             rustix::fs::fchmod(&dir, *mode).call("fchmod", &path)?;
@@ -355,18 +375,5 @@ impl<R: Read> Read for Metered<R> {
             None => return Err(io::Error::other("an entry says too much about itself")),
         }
         Ok(length)
-    }
-}
-
-/// Ends when nobody wants it any more.
-struct Wanted<'a, 'w, R> {
-    worker: &'a Worker<'w>,
-    inner: R,
-}
-
-impl<R: Read> Read for Wanted<'_, '_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.worker.go_on().map_err(|_| io::ErrorKind::ConnectionAborted)?;
-        self.inner.read(buffer)
     }
 }

@@ -28,6 +28,7 @@ pub mod relocate;
 mod remove;
 pub mod replace;
 pub mod stage;
+mod stream;
 pub mod tree;
 pub mod walk;
 pub mod watch;

@@ -136,6 +136,7 @@ impl Worker<'_> {
         }
         // Last, and from below: filling a directory changes its times, and its mode may forbid it.
         for below in directories.iter().rev() {
+            self.go_on()?;
             let of = |base: &OwnedFd| open_below(base, below, super::tree::DIRECTORY, Mode::empty());
             let path = path.join(OsStr::from_bytes(below));
             let (from, to) = (of(walk.base()).call("openat2", &path)?, of(to).call("openat2", &path)?);

@@ -14,6 +14,8 @@ use std::os::unix::ffi::OsStrExt;
 const ENTRIES_BYTES: usize = 32 * 1024;
 /// The longest path below a descriptor that is used; a tree may be deeper than the kernel takes paths. Bytes.
 const BELOW_BYTES_MAX: usize = 2048;
+/// How often a path has to begin anew at a descriptor within one tree; each takes stack.
+const LEVELS_MAX: usize = 128;
 /// How often a directory is emptied again that somebody goes on filling.
 const SWEEPS: u32 = 8;
 
@@ -67,13 +69,26 @@ impl Worker<'_> {
         name: &OsStr,
         path: &RootedPath,
     ) -> Result<(), FileError> {
+        self.remove_at(parent, name, path, 0)
+    }
+
+    fn remove_at(
+        &self,
+        parent: &OwnedFd,
+        name: &OsStr,
+        path: &RootedPath,
+        level: usize,
+    ) -> Result<(), FileError> {
+        if level > LEVELS_MAX {
+            return Err(FileError::invalid(path, "is nested too deeply; remove what is deep in it first"));
+        }
         let mut sweeps = 0;
         loop {
             match remove_entry(parent, name) {
                 Ok(()) => return Ok(()),
                 Err(Errno::NOTEMPTY) if sweeps < SWEEPS => {
                     let dir = open_below(parent, name.as_bytes(), DIRECTORY, Mode::empty());
-                    self.empty(dir.call("openat2", path)?, path)?;
+                    self.empty(dir.call("openat2", path)?, path, level)?;
                     sweeps += 1;
                 }
                 Err(errno) => return Err(errno).call("unlinkat", path),
@@ -82,9 +97,9 @@ impl Worker<'_> {
     }
 
     /// Removes what is in a directory, as far as that can be done; the first failure, if there was one.
-    fn empty(&self, base: OwnedFd, path: &RootedPath) -> Result<(), FileError> {
+    fn empty(&self, base: OwnedFd, path: &RootedPath, level: usize) -> Result<(), FileError> {
         let mut emptying =
-            Emptying { worker: self, base, path, stack: vec![(Vec::new(), false)], failed: None };
+            Emptying { worker: self, base, path, level, stack: vec![(Vec::new(), false)], failed: None };
         while let Some((below, emptied)) = emptying.stack.pop() {
             self.go_on()?;
             let step = if emptied { emptying.leave(&below) } else { emptying.enter(below) };
@@ -104,6 +119,7 @@ struct Emptying<'a> {
     worker: &'a Worker<'a>,
     base: OwnedFd,
     path: &'a RootedPath,
+    level: usize,
     /// Directories below it that are still to be emptied, and those that have been and are to go.
     stack: Vec<(Vec<u8>, bool)>,
     failed: Option<FileError>,
@@ -146,7 +162,7 @@ impl Emptying<'_> {
             }
             let removed = if is_dir {
                 let path = self.path.join(OsStr::from_bytes(&below));
-                self.worker.remove_tree(&dir, OsStr::from_bytes(name.as_bytes()), &path)
+                self.worker.remove_at(&dir, OsStr::from_bytes(name.as_bytes()), &path, self.level + 1)
             } else {
                 match unlink(&dir, OsStr::from_bytes(name.as_bytes()), AtFlags::empty()) {
                     Ok(()) | Err(Errno::NOENT) => Ok(()),

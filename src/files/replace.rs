@@ -2,16 +2,15 @@
 
 use super::error::{Call, FileError};
 use super::stage::{Attributes, Staged};
+use super::stream::{Sparse, Wanted};
 use super::tree::Worker;
 use memchr::memmem::Finder;
 use rustix::fs::OFlags;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Write};
 
 /// What is read at once; bytes.
 const PIECE_BYTES: usize = 256 * 1024;
-/// Runs of zeros this long become holes, as they mostly were before; bytes.
-const HOLE_BYTES: usize = 4096;
 
 impl Worker<'_> {
     /// Replaces every occurrence of `old`, from the left; how many there were. A file without any is left alone. Mode
@@ -47,10 +46,16 @@ impl Worker<'_> {
 
     fn replaced(&self, source: File, staged: &mut Staged, old: &[u8], new: &[u8]) -> Result<u64, FileError> {
         let path = staged.path().clone();
-        let mut to = Sparse { file: staged.file(), hole: 0 };
+        let mut sparse = Sparse::new(staged.file());
+        let mut to = Wanted { worker: self, inner: &mut sparse };
+        let failed = |error: io::Error| match self.go_on() {
+            Err(cancelled) => cancelled,
+            Ok(()) => Err::<(), _>(error).call("write", &path).err().unwrap_or(FileError::Cancelled),
+        };
         let mut pieces = Replacing { finder: Finder::new(old), new, kept: Vec::new(), count: 0 };
         let mut source = source;
-        let mut piece = vec![0; PIECE_BYTES];
+        // What may be the beginning of an occurrence is looked at again with the next piece.
+        let mut piece = vec![0; PIECE_BYTES.max(old.len())];
         loop {
             self.go_on()?;
             let length = match source.read(&mut piece) {
@@ -59,10 +64,11 @@ impl Worker<'_> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error).call("read", &path),
             };
-            pieces.take(piece.get(..length).unwrap_or_default(), &mut to).call("write", &path)?;
+            pieces.take(piece.get(..length).unwrap_or_default(), &mut to).map_err(failed)?;
         }
         let Replacing { kept, count, .. } = pieces;
-        to.write_all(&kept).and_then(|()| to.finish()).call("write", &path)?;
+        to.write_all(&kept).map_err(failed)?;
+        sparse.finish().call("write", &path)?;
         Ok(count)
     }
 }
@@ -93,49 +99,6 @@ impl Replacing<'_> {
         let safe = rest.len().saturating_sub(self.finder.needle().len() - 1);
         to.write_all(rest.get(..safe).unwrap_or_default())?;
         self.kept.drain(..done + safe);
-        Ok(())
-    }
-}
-
-/// Writes long runs of zeros as holes.
-pub(super) struct Sparse<'a> {
-    file: &'a mut File,
-    /// Zeros that have been left out since the last byte; bytes.
-    hole: u64,
-}
-
-impl<'a> Sparse<'a> {
-    pub(super) fn new(file: &'a mut File) -> Self {
-        Self { file, hole: 0 }
-    }
-
-    /// Gives the file its length, if it ends in a hole.
-    pub(super) fn finish(&mut self) -> io::Result<()> {
-        if self.hole > 0 {
-            let end = self.file.stream_position()? + self.hole;
-            self.file.set_len(end)?;
-        }
-        Ok(())
-    }
-}
-
-impl Write for Sparse<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        for block in bytes.chunks(HOLE_BYTES) {
-            if block.len() == HOLE_BYTES && block.iter().all(|byte| *byte == 0) {
-                self.hole += block.len() as u64;
-                continue;
-            }
-            if self.hole > 0 {
-                self.file.seek(SeekFrom::Current(i64::try_from(self.hole).map_err(io::Error::other)?))?;
-                self.hole = 0;
-            }
-            self.file.write_all(block)?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

@@ -6,7 +6,9 @@
 
 use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
-use super::tree::{DIRECTORY, Last, Worker, identity, kind, open_below, proc_path, refuse_kernel, stat};
+use super::tree::{
+    DIRECTORY, Last, Worker, identity, kind, open_below, proc_path, refuse_kernel, stat, stat_entry,
+};
 use super::walk::{Order, Walk};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -198,6 +200,9 @@ impl Watch {
             return;
         }
         let below = join(&dir, &name);
+        if is_nameless(&name) && !self.is_there(worker, &dir, &name) {
+            return;
+        }
         if events.contains(ReadFlags::MOVED_TO)
             && let Some(leaving) = self.leaving.take_if(|leaving| leaving.cookie == cookie)
         {
@@ -346,6 +351,10 @@ impl Watch {
         open_below(base, below, DIRECTORY, Mode::empty()).call("openat2", &path)
     }
 
+    fn is_there(&self, worker: &Worker<'_>, dir: &[u8], name: &[u8]) -> bool {
+        self.open(worker, dir).is_ok_and(|dir| stat_entry(dir, OsStr::from_bytes(name)).is_ok())
+    }
+
     fn change(&self, kind: ChangeKind, below: &[u8], is_directory: bool) -> Change {
         Change { kind, path: self.shown(below), from: None, is_directory }
     }
@@ -358,6 +367,11 @@ impl Watch {
         let path = self.root.join(OsStr::from_bytes(below)).to_string();
         if below.is_empty() && path.len() > 1 { path.trim_end_matches('/').to_owned() } else { path }
     }
+}
+
+/// Files without a name (`O_TMPFILE`) are told of as `#` and their inode number, which nobody can open.
+fn is_nameless(name: &[u8]) -> bool {
+    name.strip_prefix(b"#").is_some_and(|rest| !rest.is_empty() && rest.iter().all(u8::is_ascii_digit))
 }
 
 fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {

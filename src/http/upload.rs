@@ -23,6 +23,8 @@ use std::time::Duration;
 const PAIRS_MAX: usize = 1000;
 /// The largest metadata part; bytes.
 const METADATA_BYTES_MAX: usize = 64 * 1024;
+const MISSING_METADATA: &str =
+    "there is no part \"metadata\" with a filename parameter (curl: -F 'metadata={…};filename=metadata')";
 /// How much is gathered before it is written; bytes.
 const BATCH_BYTES: usize = 512 * 1024;
 /// How long a client may send nothing.
@@ -58,10 +60,7 @@ pub(super) async fn upload(
         }
     }
     if metadata.is_empty() {
-        return Err(ApiError::File(
-            "INVALID_FILE_METADATA",
-            "there is no metadata part with a file name".into(),
-        ));
+        return Err(ApiError::File("INVALID_FILE_METADATA", MISSING_METADATA.into()));
     }
     if contents.is_empty() {
         return Err(ApiError::File("INVALID_FILE_CONTENT", "there is no file part with a file name".into()));
@@ -159,8 +158,8 @@ async fn receive(
 pub(super) async fn heard<T>(visit: &FilesVisit, client: impl Future<Output = T>) -> Result<T, ApiError> {
     tokio::select! {
         biased;
-        heard = client => Ok(heard),
         () = visit.asked_to_leave() => Err(visit.dead().into()),
+        heard = client => Ok(heard),
         () = tokio::time::sleep(SILENCE_MAX) => Err(ApiError::BodyTimedOut),
     }
 }

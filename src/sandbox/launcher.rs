@@ -139,6 +139,8 @@ fn spawn(executable: &OwnedFd) -> io::Result<(Child, Channel)> {
         .current_dir("/")
         .stdin(Stdio::from(theirs.into_fd()))
         .stdout(Stdio::null())
+        // What a terminal sends on Ctrl-C is for the daemon, which ends its sessions in order.
+        .process_group(0)
         .spawn()?;
     Ok((child, ours))
 }

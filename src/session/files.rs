@@ -241,8 +241,8 @@ pub fn wait_for_client<T>(visit: &FilesVisit, client: impl Future<Output = T>) -
     Handle::current().block_on(async {
         tokio::select! {
             biased;
-            done = client => Ok(done),
             () = visit.asked_to_leave() => Err(std::io::ErrorKind::ConnectionAborted.into()),
+            done = client => Ok(done),
             () = tokio::time::sleep(CLIENT_WAIT_MAX) => Err(std::io::ErrorKind::TimedOut.into()),
         }
     })

@@ -48,6 +48,19 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// What `look` finds once that changes no more: connections and processes are closed a moment after they are over.
+pub(crate) fn settled<T: PartialEq>(mut look: impl FnMut() -> T) -> T {
+    let mut looks = [look(), look(), look()];
+    eventually("it settles", || {
+        std::thread::sleep(10 * POLL);
+        looks.rotate_left(1);
+        looks[2] = look();
+        looks[0] == looks[1] && looks[1] == looks[2]
+    });
+    let [found, ..] = looks;
+    found
+}
+
 /// Whether the present test has to be left out, and says so.
 pub(crate) fn skipped() -> bool {
     static REASON: OnceLock<Option<String>> = OnceLock::new();
