@@ -10,7 +10,7 @@ use common::machine::{self, has_program};
 use common::{Daemon, OTHER_ID, Session, Setup, eventually, skip, workspace};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -56,6 +56,19 @@ impl Drop for Canary {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+/// The identities that threads of a process have; one, unless some are at work for a session.
+fn identities(pid: i32) -> BTreeSet<String> {
+    let statuses = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let status = |task: fs::DirEntry| fs::read_to_string(task.path().join("status")).ok();
+    let identity = |status: String| {
+        let lines = status
+            .lines()
+            .filter(|line| ["Uid:", "Gid:", "CapEff:", "Groups:"].iter().any(|key| line.starts_with(key)));
+        lines.collect::<Vec<_>>().join(" ")
+    };
+    statuses.filter_map(status).map(identity).collect()
 }
 
 /// Everything about each file, except when it was read.
@@ -215,6 +228,7 @@ fn swaps(mode: &str, uid: u32) {
     for canary in [&masked, &private, &beside] {
         canary.is_untouched();
     }
+    eventually("every thread of the daemon is itself again", || identities(daemon.pid()).len() == 1);
     assert!(!daemon.said().contains("panicked"), "{}", daemon.said());
     assert_eq!(session.state()["status"], "active");
     session.delete();
