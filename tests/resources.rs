@@ -158,6 +158,20 @@ fn an_interrupted_daemon_stops_too() {
 }
 
 #[test]
+fn what_a_terminal_sends_is_for_the_daemon_alone() {
+    if !has_program("setsid") {
+        return skip("setsid is not installed, which gives the daemon a process group of its own");
+    }
+    let Some(mut daemon) = Setup::new().wrapper(&["setsid"]).start() else { return };
+    let session = daemon.session("w");
+    session.output("sleep 4321 &");
+    let group = rustix::process::Pid::from_raw(daemon.pid()).unwrap();
+    rustix::process::kill_process_group(group, Signal::INT).unwrap();
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(!daemon.said().contains("the launcher is gone"), "{}", daemon.said());
+}
+
+#[test]
 fn sessions_die_with_their_launcher_and_say_so() {
     let Some(daemon) = Setup::new().start() else { return };
     let (idle, running) = (daemon.session("w"), daemon.session("w"));

@@ -8,7 +8,10 @@ use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
 use super::stage::PARENT_MODE;
 use super::stream::{Sparse, Wanted};
-use super::tree::{DIRECTORY, Worker, identity, kind, open_below, split_below, stat_entry, unlink};
+use super::tree::{
+    DIRECTORY, FileId, Worker, identity, kind, open_below, open_regular_below, split_below, stat_entry,
+    unlink,
+};
 use super::walk::{Order, Walk};
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
@@ -58,7 +61,7 @@ impl Worker<'_> {
         let root = self.path(text)?;
         let base = self.readable_directory(&root)?;
         let mut builder = Builder::new(GzEncoder::new(to, Compression::fast()));
-        let mut links: HashMap<(u32, u32, u64), PathBuf> = HashMap::new();
+        let mut links: HashMap<FileId, PathBuf> = HashMap::new();
         let mut walk =
             Walk::new(base, Order::Names, usize::MAX, |seen| stat_entry(seen.dir, seen.name).map(Some));
         while let Some(step) = walk.next(self) {
@@ -98,13 +101,7 @@ impl Worker<'_> {
         let path = Path::new(OsStr::from_bytes(below));
         match kind(stat) {
             FileType::RegularFile => {
-                let held = open_below(base, below, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())?;
-                if FileType::from_raw_mode(rustix::fs::fstat(&held)?.st_mode) != FileType::RegularFile {
-                    return Ok(());
-                }
-                let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                let file: File =
-                    rustix::fs::open(super::tree::proc_path(&held), flags, Mode::empty())?.into();
+                let file = open_regular_below(base, below)?;
                 header.set_entry_type(EntryType::Regular);
                 header.set_size(stat.stx_size);
                 // It may become shorter while it is read, and its length has been told.

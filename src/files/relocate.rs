@@ -8,8 +8,8 @@ use super::error::{Call, FileError};
 use super::path::RootedPath;
 use super::stage::{PARENT_MODE, random_name};
 use super::tree::{
-    Worker, identity, kind, open_below, permissions, refuse_kernel, rename, split_below, stat, stat_entry,
-    unlink,
+    FileId, Worker, identity, kind, open_below, open_regular_below, permissions, refuse_kernel, rename,
+    split_below, stat, stat_entry, unlink,
 };
 use super::walk::{Order, Walk};
 use super::xattr;
@@ -22,6 +22,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 
 /// What is copied with one call, between two looks at whether anybody still wants it; bytes.
@@ -97,7 +98,7 @@ impl Worker<'_> {
 
     fn copy_tree(&self, from: OwnedFd, to: &OwnedFd, path: &RootedPath) -> Result<(), FileError> {
         let root = identity(&stat(to, path)?);
-        let mut links: HashMap<(u32, u32, u64), Vec<u8>> = HashMap::new();
+        let mut links: HashMap<FileId, Vec<u8>> = HashMap::new();
         let mut directories = vec![Vec::new()];
         let mut walk =
             Walk::new(from, Order::Names, usize::MAX, |seen| stat_entry(seen.dir, seen.name).map(Some));
@@ -157,24 +158,7 @@ impl Worker<'_> {
         let named = |call| move |errno| (call, errno);
         match kind(source) {
             FileType::RegularFile => {
-                let held = openat(
-                    from_dir,
-                    from_name,
-                    OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                    Mode::empty(),
-                );
-                let held = held.map_err(named("openat"))?;
-                // What it was a moment ago is not enough: opening a FIFO or a device would have effects.
-                let now = rustix::fs::fstat(&held).map_err(named("fstat"))?;
-                if FileType::from_raw_mode(now.st_mode) != FileType::RegularFile {
-                    return Err(("openat", Errno::AGAIN));
-                }
-                let from = rustix::fs::open(
-                    super::tree::proc_path(&held),
-                    OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
-                    Mode::empty(),
-                );
-                let from = from.map_err(named("open"))?;
+                let from = open_regular_below(from_dir, from_name.as_bytes()).map_err(named("open"))?;
                 let flags =
                     OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let to = openat(to_dir, to_name, flags, Mode::RUSR | Mode::WUSR).map_err(named("openat"))?;
@@ -196,7 +180,7 @@ impl Worker<'_> {
     }
 
     /// Copies data and leaves holes (lseek(2), SEEK_DATA).
-    fn copy_content(&self, from: &OwnedFd, to: &OwnedFd) -> Result<(), Errno> {
+    fn copy_content(&self, from: &File, to: &OwnedFd) -> Result<(), Errno> {
         let size = seek(from, SeekFrom::End(0))?;
         let mut at = 0;
         while at < size {
@@ -227,7 +211,7 @@ impl Worker<'_> {
 }
 
 /// Copies on from where both files are; as much as one call does.
-fn copy_some(from: &OwnedFd, to: &OwnedFd, length: usize) -> Result<usize, Errno> {
+fn copy_some(from: &File, to: &OwnedFd, length: usize) -> Result<usize, Errno> {
     match copy_file_range(from, None, to, None, length) {
         // File systems that cannot; then it goes through memory.
         Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {}

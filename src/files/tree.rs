@@ -147,7 +147,9 @@ pub(super) fn kind(stat: &Statx) -> FileType {
 }
 
 /// What tells one file from another: device and inode.
-pub(super) fn identity(stat: &Statx) -> (u32, u32, u64) {
+pub(super) type FileId = (u32, u32, u64);
+
+pub(super) fn identity(stat: &Statx) -> FileId {
     (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)
 }
 
@@ -221,6 +223,22 @@ pub(super) fn split_below(below: &[u8]) -> (&[u8], &OsStr) {
     let path = Path::new(OsStr::from_bytes(below));
     let parent = path.parent().map_or(&b""[..], |parent| parent.as_os_str().as_bytes());
     (parent, path.file_name().unwrap_or_default())
+}
+
+/// Opens a regular file below a directory for reading, as [`Worker::regular`] and [`Node::open`] do by path. What is none
+/// by now counts as gone, and is not opened: with a FIFO or a device that alone would have effects.
+pub(super) fn open_regular_below(base: impl AsFd, below: &[u8]) -> Result<File, Errno> {
+    let held = open_below(base, below, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&held)?.st_mode) != FileType::RegularFile {
+        return Err(Errno::NOENT);
+    }
+    reopen(&held, OFlags::RDONLY)
+}
+
+/// Opens what is held by an `O_PATH` descriptor; the access rights are those of the session.
+fn reopen(held: &OwnedFd, flags: OFlags) -> Result<File, Errno> {
+    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    rustix::fs::open(proc_path(held), flags, Mode::empty()).map(File::from)
 }
 
 /// Renames anywhere on the machine can make the kernel unsure whether `..` has left the root; it then asks to be asked
@@ -337,8 +355,7 @@ impl Worker<'_> {
 impl Node {
     /// Opens it, as it is now; the access rights are those of the session.
     pub(super) fn open(&self, flags: OFlags, path: impl AsRef<Path>) -> Result<File, FileError> {
-        let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        rustix::fs::open(proc_path(&self.fd), flags, Mode::empty()).call("open", path).map(File::from)
+        reopen(&self.fd, flags).call("open", path)
     }
 }
 

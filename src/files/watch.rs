@@ -7,7 +7,7 @@
 use super::error::{Call, Class, FileError};
 use super::path::RootedPath;
 use super::tree::{
-    DIRECTORY, Last, Worker, identity, kind, open_below, proc_path, refuse_kernel, stat, stat_entry,
+    DIRECTORY, FileId, Last, Worker, identity, kind, open_below, proc_path, refuse_kernel, stat, stat_entry,
 };
 use super::walk::{Order, Walk};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -60,7 +60,7 @@ pub struct Watch {
     inotify: OwnedFd,
     root: RootedPath,
     /// The root's device and inode. It is not kept open: that would keep the news of its end from coming.
-    identity: (u32, u32, u64),
+    identity: FileId,
     /// The one name that counts, where a file is watched.
     only: Option<Vec<u8>>,
     directories: HashMap<i32, Vec<u8>>,

@@ -170,7 +170,12 @@ impl Task {
                     self.attend().await
                 }
                 Next::Attend(Err(error)) => Some(format!("its descriptors failed: {error}")),
-                Next::Expire if self.session.is_in_use() || self.idle_deadline() > Instant::now() => None,
+                // Whoever uses it rings nobody when done, so it is looked at again.
+                Next::Expire if self.session.is_in_use() => {
+                    self.session.used();
+                    None
+                }
+                Next::Expire if self.idle_deadline() > Instant::now() => None,
                 Next::Expire => {
                     tracing::info!(session = %self.session.id, "session idle for too long");
                     self.session.stop();
@@ -184,13 +189,6 @@ impl Task {
     }
 
     fn idle_deadline(&self) -> Instant {
-        if self.session.runs.background_running() > 0 {
-            return Instant::now() + FAR;
-        }
-        // Whoever works in the files rings nobody when done, so now and then it is looked at again.
-        if self.session.workers.are_used() {
-            self.session.used();
-        }
         self.session.idle_since() + self.options.idle_timeout.unwrap_or(FAR)
     }
 
