@@ -11,6 +11,7 @@
 //!         run-<id>/                 a background run
 //! ```
 
+use procfs::process::{MountInfo, Process};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, Dir, FlockOperation, Mode, OFlags, flock, mkdirat, openat, unlinkat};
 use rustix::io::Errno;
@@ -18,6 +19,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -218,11 +220,32 @@ fn detached_mount() -> Result<OwnedFd, Errno> {
 
 /// Where `path` of the hierarchy is found under a cgroup2 mount that exists already.
 fn attached_path(path: &str) -> Option<String> {
-    let mounts = procfs::process::Process::myself().ok()?.mountinfo().ok()?;
-    mounts.into_iter().filter(|mount| mount.fs_type == "cgroup2").find_map(|mount| {
+    below_mount(path, |mount| mount.fs_type == "cgroup2")
+}
+
+fn below_mount(path: &str, is_wanted: impl Fn(&MountInfo) -> bool) -> Option<String> {
+    let mounts = Process::myself().ok()?.mountinfo().ok()?;
+    mounts.into_iter().filter(is_wanted).find_map(|mount| {
         let below = path.strip_prefix(mount.root.trim_end_matches('/'))?;
         Some(format!("{}{below}", mount.mount_point.display()))
     })
+}
+
+/// The files that may count the kills for lack of memory in execd's own cgroup and so in its sandboxes, cgroup v2 and v1
+/// (memory.events of cgroup-v2.rst; memory.oom_control of cgroup-v1/memory.rst).
+pub fn memory_kill_counters() -> Vec<PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let v2 = text.lines().find_map(|line| line.strip_prefix("0::")).and_then(attached_path);
+    let v1 = text.lines().find_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        controllers.split(',').any(|name| name == "memory").then_some(path)
+    });
+    let v1 = v1.and_then(|path| {
+        below_mount(path, |mount| mount.fs_type == "cgroup" && mount.super_options.contains_key("memory"))
+    });
+    let v2 = v2.map(|group| Path::new(&group).join("memory.events"));
+    let v1 = v1.map(|group| Path::new(&group).join("memory.oom_control"));
+    v2.into_iter().chain(v1).collect()
 }
 
 fn make_dir(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {

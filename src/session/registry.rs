@@ -111,7 +111,7 @@ impl Registry {
             report,
             sessions: Mutex::default(),
             taken: AtomicUsize::new(0),
-            oom: OomWatch::default(),
+            oom: OomWatch::new(),
         }))
     }
 
