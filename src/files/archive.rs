@@ -64,7 +64,7 @@ impl Worker<'_> {
         let mut links: HashMap<FileId, PathBuf> = HashMap::new();
         let mut walk =
             Walk::new(base, Order::Names, usize::MAX, |seen| stat_entry(seen.dir, seen.name).map(Some));
-        while let Some(step) = walk.next(self) {
+        while let Some(step) = walk.next(&|| self.go_on()) {
             let (below, stat) = match step {
                 Ok(found) => found,
                 Err(error) if error.errno().is_some_and(is_gone) => continue,

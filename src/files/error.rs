@@ -98,7 +98,7 @@ impl FileError {
 }
 
 /// Names a system call and what it was about.
-pub(super) trait Call<T> {
+pub(crate) trait Call<T> {
     fn call(self, call: &'static str, path: impl AsRef<Path>) -> Result<T, FileError>;
 }
 

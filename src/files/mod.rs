@@ -28,11 +28,11 @@ pub mod relocate;
 mod remove;
 pub mod replace;
 pub mod stage;
-mod stream;
+pub(crate) mod stream;
 pub mod tree;
 pub mod walk;
 pub mod watch;
-mod xattr;
+pub(crate) mod xattr;
 
 pub use error::{Class, FileError};
 pub use tree::{Tree, Worker};

@@ -102,7 +102,7 @@ impl Worker<'_> {
         let mut directories = vec![Vec::new()];
         let mut walk =
             Walk::new(from, Order::Names, usize::MAX, |seen| stat_entry(seen.dir, seen.name).map(Some));
-        while let Some(step) = walk.next(self) {
+        while let Some(step) = walk.next(&|| self.go_on()) {
             let (below, stat) = step?;
             let at = |call| {
                 let path = path.join(OsStr::from_bytes(&below));

@@ -8,19 +8,19 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 const HOLE_BYTES: usize = 4096;
 
 /// Writes long runs of zeros as holes.
-pub(super) struct Sparse<'a> {
+pub(crate) struct Sparse<'a> {
     file: &'a mut File,
     /// Zeros that have been left out since the last byte; bytes.
     hole: u64,
 }
 
 impl<'a> Sparse<'a> {
-    pub(super) fn new(file: &'a mut File) -> Self {
+    pub(crate) fn new(file: &'a mut File) -> Self {
         Self { file, hole: 0 }
     }
 
     /// Gives the file its length, if it ends in a hole.
-    pub(super) fn finish(&mut self) -> io::Result<()> {
+    pub(crate) fn finish(&mut self) -> io::Result<()> {
         if self.hole > 0 {
             let end = self.file.stream_position()? + self.hole;
             self.file.set_len(end)?;
@@ -51,9 +51,9 @@ impl Write for Sparse<'_> {
 }
 
 /// Breaks off (`ConnectionAborted`) when nobody wants it any more.
-pub(super) struct Wanted<'a, 'w, T> {
-    pub(super) worker: &'a Worker<'w>,
-    pub(super) inner: T,
+pub(crate) struct Wanted<'a, 'w, T> {
+    pub(crate) worker: &'a Worker<'w>,
+    pub(crate) inner: T,
 }
 
 impl<T> Wanted<'_, '_, T> {

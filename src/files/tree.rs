@@ -54,25 +54,25 @@ pub struct Tree {
 
 /// How the numbers of the daemon are called inside.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Ids(Option<IdMap>);
+pub(crate) struct Ids(Option<IdMap>);
 
 /// What the kernel shows for an id that has no name in a user namespace (user_namespaces(7)).
 const OVERFLOW_ID: u32 = 65534;
 
 impl Ids {
-    pub(super) fn uid_inside(self, uid: u32) -> u32 {
+    pub(crate) fn uid_inside(self, uid: u32) -> u32 {
         self.0.map_or(uid, |map| if uid == map.outside_uid { map.inside_uid } else { OVERFLOW_ID })
     }
 
-    pub(super) fn gid_inside(self, gid: u32) -> u32 {
+    pub(crate) fn gid_inside(self, gid: u32) -> u32 {
         self.0.map_or(gid, |map| if gid == map.outside_gid { map.inside_gid } else { OVERFLOW_ID })
     }
 
-    pub(super) fn uid_outside(self, uid: u32) -> Option<u32> {
+    pub(crate) fn uid_outside(self, uid: u32) -> Option<u32> {
         self.0.map_or(Some(uid), |map| (uid == map.inside_uid).then_some(map.outside_uid))
     }
 
-    pub(super) fn gid_outside(self, gid: u32) -> Option<u32> {
+    pub(crate) fn gid_outside(self, gid: u32) -> Option<u32> {
         self.0.map_or(Some(gid), |map| (gid == map.inside_gid).then_some(map.outside_gid))
     }
 }
@@ -93,7 +93,7 @@ impl Tree {
         RootedPath::parse(text, &self.workspace)
     }
 
-    pub(super) fn ids(&self) -> Ids {
+    pub(crate) fn ids(&self) -> Ids {
         self.ids
     }
 
@@ -117,7 +117,7 @@ impl Tree {
 
 /// A thread that has taken on the identity of a session's programs.
 pub struct Worker<'a> {
-    pub(super) tree: &'a Tree,
+    pub(crate) tree: &'a Tree,
     is_cancelled: &'a dyn Fn() -> bool,
     insists: Cell<bool>,
     accounts: OnceCell<Accounts>,
@@ -126,15 +126,15 @@ pub struct Worker<'a> {
 
 /// What a path leads to, held fast: whatever the path leads to a moment later, this stays what it is.
 #[derive(Debug)]
-pub(super) struct Node {
+pub(crate) struct Node {
     /// `O_PATH`
-    pub(super) fd: OwnedFd,
-    pub(super) stat: Statx,
+    pub(crate) fd: OwnedFd,
+    pub(crate) stat: Statx,
 }
 
 /// Whether a link at the end of a path is followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Last {
+pub(crate) enum Last {
     Follow,
     Keep,
 }
@@ -142,36 +142,36 @@ pub(super) enum Last {
 /// All that is ever asked of statx(2).
 const STAT_MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
 
-pub(super) fn kind(stat: &Statx) -> FileType {
+pub(crate) fn kind(stat: &Statx) -> FileType {
     FileType::from_raw_mode(stat.stx_mode.into())
 }
 
 /// What tells one file from another: device and inode.
-pub(super) type FileId = (u32, u32, u64);
+pub(crate) type FileId = (u32, u32, u64);
 
-pub(super) fn identity(stat: &Statx) -> FileId {
+pub(crate) fn identity(stat: &Statx) -> FileId {
     (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)
 }
 
-pub(super) fn permissions(stat: &Statx) -> Mode {
+pub(crate) fn permissions(stat: &Statx) -> Mode {
     Mode::from_raw_mode(u32::from(stat.stx_mode) & 0o7777)
 }
 
-pub(super) fn stat(fd: impl AsFd, path: impl AsRef<Path>) -> Result<Statx, FileError> {
+pub(crate) fn stat(fd: impl AsFd, path: impl AsRef<Path>) -> Result<Statx, FileError> {
     rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, STAT_MASK).call("statx", path)
 }
 
-pub(super) fn stat_entry(dir: impl AsFd, name: impl rustix::path::Arg) -> Result<Statx, Errno> {
+pub(crate) fn stat_entry(dir: impl AsFd, name: impl rustix::path::Arg) -> Result<Statx, Errno> {
     rustix::fs::statx(dir, name, AtFlags::SYMLINK_NOFOLLOW, STAT_MASK)
 }
 
 /// The name of an open file for calls that only take names; the link in procfs is followed to the very file.
-pub(super) fn proc_path(fd: &impl AsFd) -> String {
+pub(crate) fn proc_path(fd: &impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
 /// Refuses what lies in a window into the kernel.
-pub(super) fn refuse_kernel(fd: impl AsFd, path: impl AsRef<Path>) -> Result<(), FileError> {
+pub(crate) fn refuse_kernel(fd: impl AsFd, path: impl AsRef<Path>) -> Result<(), FileError> {
     let magic = rustix::fs::fstatfs(fd).call("fstatfs", &path)?.f_type as u64 & 0xffff_ffff;
     match KERNEL_FILE_SYSTEMS.iter().find(|(number, _)| *number == magic) {
         None => Ok(()),
@@ -182,7 +182,7 @@ pub(super) fn refuse_kernel(fd: impl AsFd, path: impl AsRef<Path>) -> Result<(),
 }
 
 /// Opens below a directory without ever leaving it: no `..`, no links.
-pub(super) fn open_below(base: impl AsFd, below: &[u8], flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_below(base: impl AsFd, below: &[u8], flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
     let below = if below.is_empty() { b"." } else { below };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     retry(|| rustix::fs::openat2(&base, below, flags | OFlags::CLOEXEC, mode, resolve))
@@ -201,13 +201,13 @@ fn refuse_mount_point(dir: impl AsFd, name: &OsStr) -> Result<(), Errno> {
 }
 
 /// unlinkat(2) as it would go in the session.
-pub(super) fn unlink(dir: impl AsFd, name: impl AsRef<OsStr>, flags: AtFlags) -> Result<(), Errno> {
+pub(crate) fn unlink(dir: impl AsFd, name: impl AsRef<OsStr>, flags: AtFlags) -> Result<(), Errno> {
     refuse_mount_point(&dir, name.as_ref())?;
     rustix::fs::unlinkat(dir, name.as_ref(), flags)
 }
 
 /// renameat(2) as it would go in the session.
-pub(super) fn rename(
+pub(crate) fn rename(
     from: impl AsFd,
     name: impl AsRef<OsStr>,
     to: impl AsFd,
@@ -219,7 +219,7 @@ pub(super) fn rename(
 }
 
 /// The directory that a path below another leads to, and the last name.
-pub(super) fn split_below(below: &[u8]) -> (&[u8], &OsStr) {
+pub(crate) fn split_below(below: &[u8]) -> (&[u8], &OsStr) {
     let path = Path::new(OsStr::from_bytes(below));
     let parent = path.parent().map_or(&b""[..], |parent| parent.as_os_str().as_bytes());
     (parent, path.file_name().unwrap_or_default())
@@ -227,7 +227,7 @@ pub(super) fn split_below(below: &[u8]) -> (&[u8], &OsStr) {
 
 /// Opens a regular file below a directory for reading, as [`Worker::regular`] and [`Node::open`] do by path. What is none
 /// by now counts as gone, and is not opened: with a FIFO or a device that alone would have effects.
-pub(super) fn open_regular_below(base: impl AsFd, below: &[u8]) -> Result<File, Errno> {
+pub(crate) fn open_regular_below(base: impl AsFd, below: &[u8]) -> Result<File, Errno> {
     let held = open_below(base, below, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())?;
     if FileType::from_raw_mode(rustix::fs::fstat(&held)?.st_mode) != FileType::RegularFile {
         return Err(Errno::NOENT);
@@ -253,7 +253,7 @@ fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     call()
 }
 
-pub(super) const DIRECTORY: OFlags =
+pub(crate) const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK);
 
 impl Worker<'_> {
@@ -269,12 +269,12 @@ impl Worker<'_> {
     ///
     /// # Errors
     /// [`FileError::Cancelled`].
-    pub(super) fn go_on(&self) -> Result<(), FileError> {
+    pub(crate) fn go_on(&self) -> Result<(), FileError> {
         if !self.insists.get() && (self.is_cancelled)() { Err(FileError::Cancelled) } else { Ok(()) }
     }
 
     /// From here on the work is finished whether or not anybody still wants it: what is left is tidying up.
-    pub(super) fn insist(&self) {
+    pub(crate) fn insist(&self) {
         self.insists.set(true);
     }
 
@@ -293,7 +293,7 @@ impl Worker<'_> {
     }
 
     /// What a path leads to, without opening it.
-    pub(super) fn node(&self, path: &RootedPath, last: Last) -> Result<Node, FileError> {
+    pub(crate) fn node(&self, path: &RootedPath, last: Last) -> Result<Node, FileError> {
         let nofollow = if last == Last::Keep { OFlags::NOFOLLOW } else { OFlags::empty() };
         let fd = self.resolve(path, OFlags::PATH | nofollow)?;
         let stat = stat(&fd, path)?;
@@ -301,7 +301,7 @@ impl Worker<'_> {
     }
 
     /// What a path leads to, if anything.
-    pub(super) fn node_if_any(&self, path: &RootedPath, last: Last) -> Result<Option<Node>, FileError> {
+    pub(crate) fn node_if_any(&self, path: &RootedPath, last: Last) -> Result<Option<Node>, FileError> {
         match self.node(path, last) {
             Ok(node) => Ok(Some(node)),
             Err(error) if error.errno() == Some(Errno::NOENT) => Ok(None),
@@ -311,7 +311,7 @@ impl Worker<'_> {
 
     /// The regular file a path leads to. Anything else is not even opened, since that alone could hang or have
     /// effects.
-    pub(super) fn regular(&self, path: &RootedPath) -> Result<Node, FileError> {
+    pub(crate) fn regular(&self, path: &RootedPath) -> Result<Node, FileError> {
         let node = self.node(path, Last::Follow)?;
         refuse_kernel(&node.fd, path)?;
         require_regular(&node.stat, path)?;
@@ -319,26 +319,26 @@ impl Worker<'_> {
     }
 
     /// A directory, for looking names up in it.
-    pub(super) fn directory(&self, path: &RootedPath) -> Result<OwnedFd, FileError> {
+    pub(crate) fn directory(&self, path: &RootedPath) -> Result<OwnedFd, FileError> {
         let fd = self.resolve(path, OFlags::PATH | OFlags::DIRECTORY)?;
         refuse_kernel(&fd, path)?;
         Ok(fd)
     }
 
     /// A directory, for reading its entries.
-    pub(super) fn readable_directory(&self, path: &RootedPath) -> Result<OwnedFd, FileError> {
+    pub(crate) fn readable_directory(&self, path: &RootedPath) -> Result<OwnedFd, FileError> {
         let dir = self.directory(path)?;
         open_below(&dir, b"", DIRECTORY, Mode::empty()).call("openat2", path)
     }
 
     /// The directory a path's last name lies in, and that name.
-    pub(super) fn entry(&self, path: &RootedPath) -> Result<(OwnedFd, OsString), FileError> {
+    pub(crate) fn entry(&self, path: &RootedPath) -> Result<(OwnedFd, OsString), FileError> {
         let (parent, name) = path.split()?;
         Ok((self.directory(&parent)?, name))
     }
 
     /// Where a path leads when the links at its end are followed, whether or not there is something.
-    pub(super) fn real_end(&self, path: &RootedPath) -> Result<(RootedPath, Option<Node>), FileError> {
+    pub(crate) fn real_end(&self, path: &RootedPath) -> Result<(RootedPath, Option<Node>), FileError> {
         let mut path = path.clone();
         for _ in 0..LINKS_MAX {
             let Some(node) = self.node_if_any(&path, Last::Keep)? else { return Ok((path, None)) };
@@ -354,12 +354,12 @@ impl Worker<'_> {
 
 impl Node {
     /// Opens it, as it is now; the access rights are those of the session.
-    pub(super) fn open(&self, flags: OFlags, path: impl AsRef<Path>) -> Result<File, FileError> {
+    pub(crate) fn open(&self, flags: OFlags, path: impl AsRef<Path>) -> Result<File, FileError> {
         reopen(&self.fd, flags).call("open", path)
     }
 }
 
-pub(super) fn require_regular(stat: &Statx, path: impl AsRef<Path>) -> Result<(), FileError> {
+pub(crate) fn require_regular(stat: &Statx, path: impl AsRef<Path>) -> Result<(), FileError> {
     let what = match kind(stat) {
         FileType::RegularFile => return Ok(()),
         FileType::Directory => "is a directory",

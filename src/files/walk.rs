@@ -20,15 +20,18 @@ use std::path::Path;
 /// Bytes of directory entries that are read at once.
 const ENTRIES_BYTES: usize = 128 * 1024;
 /// The deepest path that is walked, below the root of the walk; bytes. No path beyond could be asked for anyway.
-const BELOW_BYTES_MAX: usize = 4095;
+pub(crate) const BELOW_BYTES_MAX: usize = 4095;
+
+/// Asked now and then during long work; fails with [`FileError::Cancelled`] when nobody wants it any more.
+pub(crate) type GoOn<'a> = dyn Fn() -> Result<(), FileError> + 'a;
 
 /// An entry of a directory that is being read.
-pub(super) struct Seen<'a> {
-    pub(super) dir: &'a OwnedFd,
-    pub(super) name: &'a CStr,
+pub(crate) struct Seen<'a> {
+    pub(crate) dir: &'a OwnedFd,
+    pub(crate) name: &'a CStr,
     /// Below the root of the walk.
-    pub(super) below: &'a [u8],
-    pub(super) kind: FileType,
+    pub(crate) below: &'a [u8],
+    pub(crate) kind: FileType,
 }
 
 /// What is kept of an entry.
@@ -41,7 +44,7 @@ struct Kept<T> {
 
 /// In which order the entries of a directory come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Order {
+pub(crate) enum Order {
     /// By name; a directory comes before what is in it.
     Names,
     /// So that the paths of files are in order as wholes.
@@ -50,7 +53,7 @@ pub(super) enum Order {
 
 /// A walk, in order, depth first. Items are what `examine` makes of entries; a directory is entered whether or not it
 /// is kept.
-pub(super) struct Walk<T, F> {
+pub(crate) struct Walk<T, F> {
     base: OwnedFd,
     order: Order,
     depth_max: usize,
@@ -66,27 +69,27 @@ where
     F: FnMut(Seen<'_>) -> Result<Option<T>, Errno>,
 {
     /// A walk below `base`, a directory that has been opened for reading.
-    pub(super) fn new(base: OwnedFd, order: Order, depth_max: usize, examine: F) -> Self {
+    pub(crate) fn new(base: OwnedFd, order: Order, depth_max: usize, examine: F) -> Self {
         let buffer = vec![MaybeUninit::uninit(); ENTRIES_BYTES];
         let enter = (depth_max > 0).then(|| (Vec::new(), 0));
         Self { base, order, depth_max, examine, buffer, stack: Vec::new(), enter }
     }
 
-    pub(super) fn base(&self) -> &OwnedFd {
+    pub(crate) fn base(&self) -> &OwnedFd {
         &self.base
     }
 
     /// Whether what was read last, or could not be, is below the root of the walk.
-    pub(super) fn is_below_root(&self) -> bool {
+    pub(crate) fn is_below_root(&self) -> bool {
         !self.stack.is_empty()
     }
 
     /// The next item, with its path below the root of the walk. After the failure of one directory it goes on with
     /// the next.
-    pub(super) fn next(&mut self, worker: &Worker<'_>) -> Option<Result<(Vec<u8>, T), FileError>> {
+    pub(crate) fn next(&mut self, go_on: &GoOn<'_>) -> Option<Result<(Vec<u8>, T), FileError>> {
         loop {
             if let Some((below, depth)) = self.enter.take() {
-                let read = worker.go_on().and_then(|()| self.read(&below, depth + 1));
+                let read = go_on().and_then(|()| self.read(&below, depth + 1));
                 match read {
                     Ok(kept) => self.stack.push(kept.into_iter()),
                     Err(error) => return Some(Err(error)),
@@ -220,7 +223,7 @@ impl Worker<'_> {
     where
         F: FnMut(Seen<'_>) -> Result<Option<T>, Errno>,
     {
-        while let Some(step) = walk.next(self) {
+        while let Some(step) = walk.next(&|| self.go_on()) {
             match step {
                 Ok((below, item)) => each(&below, item)?,
                 Err(error) if walk.is_below_root() && is_passed_over(&error) => {}

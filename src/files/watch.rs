@@ -320,7 +320,7 @@ impl Watch {
         let dir = self.open(worker, below)?;
         let mut walk =
             Walk::new(dir, Order::Names, usize::MAX, |seen| Ok(Some(seen.kind == FileType::Directory)));
-        while let Some(step) = walk.next(worker) {
+        while let Some(step) = walk.next(&|| worker.go_on()) {
             match step {
                 Ok((inner, is_directory)) => {
                     let full = join(below, &inner);

@@ -9,7 +9,7 @@ use std::ffi::CStr;
 const BYTES_MAX: usize = 64 * 1024;
 
 /// Copies what can be copied. Some attributes belong to the file system, some only root may set; mv(1) minds neither.
-pub(super) fn copy(from: impl AsFd, to: impl AsFd) {
+pub(crate) fn copy(from: impl AsFd, to: impl AsFd) {
     let mut names = Vec::new();
     // Most files have none, and then this is all there is to do.
     if !matches!(flistxattr(&from, &mut [0_u8; 0][..]), Ok(1..)) {
