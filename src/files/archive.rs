@@ -334,7 +334,7 @@ impl Target {
 }
 
 /// What a name answers that has been found a moment ago and is no longer what it was.
-fn is_gone(errno: Errno) -> bool {
+pub(crate) fn is_gone(errno: Errno) -> bool {
     matches!(errno, Errno::NOENT | Errno::NOTDIR | Errno::LOOP)
 }
 

@@ -9,8 +9,8 @@
 //!   things in it. All operations are methods of the worker, each kind in a module of its own.
 //! - [`path`]: what a caller may write as a path.
 //! - [`info`], [`accounts`]: what is told about a file. [`walk`]: whole trees of them.
-//! - [`stage`]: how content gets into a file, in one step. [`change`], [`relocate`], [`remove`], [`replace`]: the rest
-//!   that changes files.
+//! - [`stage`]: how content gets into a file, in one step. [`change`], [`relocate`], `remove`, [`replace`]: the rest
+//!   that changes files; `copy`: one entry from one place to another.
 //! - [`download`]: ranges of bytes and of lines. [`archive`]: subtrees as tar.gz. [`watch`]: what happens to files.
 //!
 //! Nothing here knows of HTTP, or of how a session lives; who calls has to hold the session's mounts in place for as
@@ -19,13 +19,14 @@
 pub mod accounts;
 pub mod archive;
 pub mod change;
+pub(crate) mod copy;
 pub mod download;
 pub mod error;
 mod identity;
 pub mod info;
 pub mod path;
 pub mod relocate;
-mod remove;
+pub(crate) mod remove;
 pub mod replace;
 pub mod stage;
 pub(crate) mod stream;

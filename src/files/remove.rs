@@ -196,7 +196,8 @@ fn is_directory(parent: &OwnedFd, name: &OsStr) -> bool {
     stat_entry(parent, name).is_ok_and(|stat| kind(&stat) == FileType::Directory)
 }
 
-fn names(dir: &OwnedFd) -> Result<Vec<(CString, bool)>, Errno> {
+/// The entries of a directory, and whether each is one.
+pub(crate) fn names(dir: &OwnedFd) -> Result<Vec<(CString, bool)>, Errno> {
     let mut names = Vec::new();
     let mut buffer = vec![MaybeUninit::uninit(); ENTRIES_BYTES];
     let mut entries = RawDir::new(dir.as_fd(), &mut buffer);

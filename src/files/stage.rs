@@ -261,7 +261,7 @@ fn nameless(dir: &OwnedFd) -> Result<(File, Option<String>), Errno> {
 }
 
 /// A name nobody has.
-pub(super) fn random_name() -> String {
+pub(crate) fn random_name() -> String {
     format!(".execd-{}", uuid::Uuid::new_v4().simple())
 }
 

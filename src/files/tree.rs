@@ -188,6 +188,16 @@ pub(crate) fn open_below(base: impl AsFd, below: &[u8], flags: OFlags, mode: Mod
     retry(|| rustix::fs::openat2(&base, below, flags | OFlags::CLOEXEC, mode, resolve))
 }
 
+/// The same, and without entering what is mounted below it.
+pub(crate) fn open_within(base: impl AsFd, below: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    let below = if below.is_empty() { b"." } else { below };
+    let resolve = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
+    retry(|| rustix::fs::openat2(&base, below, flags | OFlags::CLOEXEC, Mode::empty(), resolve))
+}
+
 /// Refuses the root of a mount. To the kernel a name is only in use as a mount point where the caller's own mount
 /// namespace has a mount there (`d_mountpoint`), and this thread's is another: it would remove the name, and detach the
 /// session's mount with it (since kernel 3.18). Nobody in a session can mount, or rename what is mounted on, so this
@@ -236,7 +246,7 @@ pub(crate) fn open_regular_below(base: impl AsFd, below: &[u8]) -> Result<File, 
 }
 
 /// Opens what is held by an `O_PATH` descriptor; the access rights are those of the session.
-fn reopen(held: &OwnedFd, flags: OFlags) -> Result<File, Errno> {
+pub(crate) fn reopen(held: &OwnedFd, flags: OFlags) -> Result<File, Errno> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     rustix::fs::open(proc_path(held), flags, Mode::empty()).map(File::from)
 }
