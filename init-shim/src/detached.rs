@@ -6,7 +6,7 @@
 
 use crate::Failure;
 use crate::failure::{Call, CallError};
-use crate::messages::{MountStep, Upper};
+use crate::messages::{HeldUpper, MountStep, Upper};
 use execd_sys::{MountAttr, Propagation, mount_setattr};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, mkdirat, open, openat, openat2};
@@ -40,8 +40,8 @@ pub struct Detached {
     pub follows_links: bool,
 }
 
-/// Makes the mount of a step that shows a part of this process's file system: a bind, or an overlay whose upper is a
-/// directory.
+/// Makes the mount of a step that shows a part of this process's file system: a bind, or an overlay whose upper this
+/// process can reach.
 ///
 /// # Errors
 /// The call that failed.
@@ -57,6 +57,14 @@ pub fn detach(step: &MountStep) -> Result<Detached, Failure> {
                     lower: source(&root, lower)?,
                     upper: source(&root, upper)?,
                     work: source(&root, work)?,
+                };
+                Ok(Detached::of_caller(layers.mount("/proc/self/fd/", false)?, dest, true))
+            }
+            MountStep::Overlay { lower, upper: Upper::Held(HeldUpper(home)), dest } => {
+                let layers = Layers {
+                    lower: source(&root, lower)?,
+                    upper: source(home, Path::new("upper"))?,
+                    work: source(home, Path::new("work"))?,
                 };
                 Ok(Detached::of_caller(layers.mount("/proc/self/fd/", false)?, dest, true))
             }
@@ -189,6 +197,32 @@ impl Layers {
         }
         create_mount(&context, "overlay", NOSUID_NODEV)
     }
+}
+
+/// A tmpfs that is mounted nowhere, with a root directory of mode 0700; it lasts as long as somebody holds it.
+///
+/// # Errors
+/// The call that failed.
+pub fn memory_file_system(bytes_max: u64, inodes_max: u64) -> Result<OwnedFd, Failure> {
+    tmpfs(0o700, bytes_max, inodes_max, NOSUID_NODEV).map_err(|error| error.of("make a tmpfs"))
+}
+
+/// The ext4 file system on a block device, mounted nowhere; it lasts as long as somebody holds it.
+///
+/// # Errors
+/// The call that failed.
+pub fn ext4_file_system(device: &Path) -> Result<OwnedFd, Failure> {
+    let mount = || {
+        let context = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC).call(|| "fsopen(ext4)".into())?;
+        fsconfig_set_string(&context, "source", device)
+            .call(|| format!("fsconfig(ext4, source={})", device.display()))?;
+        // What is removed on it takes no room beneath it either.
+        fsconfig_set_flag(&context, "discard").call(|| "fsconfig(ext4, discard)".into())?;
+        // Otherwise a thread of the kernel fills the image with zeros.
+        fsconfig_set_flag(&context, "noinit_itable").call(|| "fsconfig(ext4, noinit_itable)".into())?;
+        create_mount(&context, "ext4", NOSUID_NODEV)
+    };
+    mount().map_err(|error: CallError| error.of("mount an image"))
 }
 
 pub(crate) fn tmpfs(mode: u32, bytes_max: u64, inodes_max: u64, attr: MountAttr) -> Outcome<OwnedFd> {

@@ -6,13 +6,15 @@
 //! daemon ◄── Assembled | Failed ── init          once
 //! daemon ── Start ──► init ── Started | NotStarted ──► daemon
 //! daemon ◄── Exited ── init                      for each program started
-//! daemon ── Attach ──► init ── Attached ──► daemon     unanswered before Assembled
+//! daemon ── Attach | Seal | Replace ──► init ── Attached ──► daemon     unanswered before Assembled
 //! ```
 
 use crate::Failure;
+use rustix::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 use std::ffi::CString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// To the launcher: fork a sandbox. The packet carries the encoded [`Plan`] behind this header, which the
 /// launcher passes on unread. Descriptors: init's end of its channel, then the cgroup directory if
@@ -52,7 +54,8 @@ pub struct Plan {
     pub hostname: Option<String>,
     /// Mounts, in order. The first may be on `/`; else the root starts as an empty tmpfs.
     pub mounts: Vec<MountStep>,
-    /// How many mounts the daemon makes meanwhile, to be attached after these; they come with [`Request::Attach`].
+    /// How many mounts the daemon makes meanwhile, which come with [`Request::Attach`]: those that steps await, and then
+    /// those to be attached after all steps.
     pub awaited_mounts: usize,
     /// `/proc/self/oom_score_adj` of init and all programs, -1000 to 1000 (proc_pid_oom_score_adj(5)).
     pub oom_score_adj: i16,
@@ -101,6 +104,11 @@ pub enum MountStep {
         lower: PathBuf,
         /// Where changes go.
         upper: Upper,
+        /// Where it appears.
+        dest: PathBuf,
+    },
+    /// A mount that the daemon has made; it comes with [`Request::Attach`], in the order of these steps.
+    Awaited {
         /// Where it appears.
         dest: PathBuf,
     },
@@ -168,6 +176,7 @@ impl MountStep {
         match self {
             Self::Bind { dest, .. }
             | Self::Overlay { dest, .. }
+            | Self::Awaited { dest }
             | Self::Tmpfs { dest, .. }
             | Self::Scratch { dest, .. }
             | Self::Private { dest, .. }
@@ -185,6 +194,7 @@ impl MountStep {
             Self::Bind { source, .. } if source == self.dest() => format!("bind {dest}"),
             Self::Bind { source, .. } => format!("bind {} on {dest}", source.display()),
             Self::Overlay { .. } => format!("mount overlay on {dest}"),
+            Self::Awaited { .. } => format!("attach {dest}"),
             Self::Tmpfs { .. } | Self::Scratch { .. } => format!("mount tmpfs on {dest}"),
             Self::Private { .. } => format!("make a private {dest}"),
             Self::Dev { .. } => format!("build the devices in {dest}"),
@@ -212,7 +222,23 @@ pub enum Upper {
         /// `nr_inodes=`.
         inodes_max: u64,
     },
+    /// Directories that the daemon holds, on a file system that may be mounted nowhere. init never hears of them: the
+    /// daemon makes the overlay itself.
+    #[serde(skip)]
+    Held(HeldUpper),
 }
+
+/// The directories `upper` and `work` below one that is held.
+#[derive(Debug, Clone)]
+pub struct HeldUpper(pub Arc<OwnedFd>);
+
+impl PartialEq for HeldUpper {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for HeldUpper {}
 
 /// To init.
 #[derive(Debug, Serialize, Deserialize)]
@@ -229,6 +255,17 @@ pub enum Request {
     /// Attach mounts that the daemon has made, in order. Descriptors: one detached mount for each. What the plan
     /// awaits is answered by `Assembled` or `Failed`, everything after that by `Attached`.
     Attach {
+        /// Where they go.
+        places: Vec<Place>,
+    },
+    /// Make mounts read-only, in order; answered by `Attached`. `EBUSY` when somebody has a file of one open for writing.
+    Seal {
+        /// Where they are.
+        dests: Vec<PathBuf>,
+    },
+    /// Attach mounts, as with `Attach`, in the place of those that are there. Nothing has changed when the answer is
+    /// [`Event::NotReplaced`].
+    Replace {
         /// Where they go.
         places: Vec<Place>,
     },
@@ -272,8 +309,10 @@ pub enum Event {
         /// The step.
         failure: Failure,
     },
-    /// What became of an [`Request::Attach`].
+    /// What became of an [`Request::Attach`], [`Request::Seal`] or [`Request::Replace`].
     Attached(Result<(), Failure>),
+    /// Mounts cannot be replaced; they are as they were.
+    NotReplaced(Failure),
     /// The program has ended.
     Exited {
         /// As in [`Request::Start`].

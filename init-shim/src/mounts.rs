@@ -12,27 +12,135 @@
 //! 5. A stacked root becomes `/` by `pivot_root(".", ".")` and a lazy unmount of the old one.
 
 use crate::Failure;
+use crate::channel::{Channel, Received};
 use crate::detached::{
     Detached, Layers, NO_ATTR, NOSUID, NOSUID_NODEV, Outcome, SELF, attach_to, bind, clone_tree,
     create_mount, file_type, open_beneath, set_attr, source, tmpfs,
 };
 use crate::failure::{Call, CallError};
-use crate::messages::{MountStep, Upper};
+use crate::messages::{MountStep, Place, Request, Upper};
 use execd_sys::{MountAttr, Propagation, mount_setattr};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Mode, OFlags, PROC_SUPER_MAGIC, fstatfs, makedev, mkdirat, mknodat, open,
-    openat, statat, symlinkat,
+    AtFlags, CWD, Dev, FileType, Mode, OFlags, PROC_SUPER_MAGIC, ResolveFlags, StatxAttributes, StatxFlags,
+    fstatfs, makedev, mkdirat, mknodat, open, openat, openat2, statat, statx, symlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{
     FsOpenFlags, MoveMountFlags, UnmountFlags, fsconfig_set_string, fsopen, move_mount, unmount,
 };
-use std::path::Path;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 
 /// Device nodes of a minimal /dev: name, major, minor (Documentation/admin-guide/devices.txt).
 const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+/// Mounts that the daemon makes; they arrive while init is busy with its own.
+pub(crate) struct AwaitedMounts<'a> {
+    channel: &'a Channel,
+    arrived: VecDeque<Detached>,
+    /// Those that have not been taken yet.
+    left: usize,
+}
+
+impl<'a> AwaitedMounts<'a> {
+    pub(crate) fn new(channel: &'a Channel, count: usize) -> Self {
+        Self { channel, arrived: VecDeque::new(), left: count }
+    }
+
+    fn next(&mut self) -> Outcome<Detached> {
+        loop {
+            if let Some(mount) = self.arrived.pop_front() {
+                self.left = self.left.saturating_sub(1);
+                return Ok(mount);
+            }
+            let request = self.channel.recv::<Request>().call(|| "recvmsg(awaited mounts)".into())?;
+            let Some(Received { message: Request::Attach { places }, fds, .. }) = request else {
+                return Err(CallError::what("something else came than awaited mounts"));
+            };
+            self.arrived.extend(detached(places, fds)?);
+        }
+    }
+
+    /// Attaches those that no step has awaited.
+    pub(crate) fn attach_rest(mut self, root: BorrowedFd<'_>) -> Result<(), Failure> {
+        while self.left > 0 {
+            let mount = self.next().map_err(|error| error.of("await mounts"))?;
+            attach_late(&mount, root)?;
+        }
+        Ok(())
+    }
+}
+
+/// Attaches mounts that come with a request to it.
+pub(crate) fn attach_all(
+    places: Vec<Place>,
+    fds: impl Iterator<Item = OwnedFd>,
+    root: BorrowedFd<'_>,
+) -> Result<(), Failure> {
+    let mounts = detached(places, fds).map_err(|error| error.of("attach mounts"))?;
+    mounts.iter().try_for_each(|mount| attach_late(mount, root))
+}
+
+/// Makes what is mounted there read-only.
+pub(crate) fn seal(dests: &[PathBuf], root: BorrowedFd<'_>) -> Result<(), Failure> {
+    let attr = MountAttr { read_only: true, ..NOSUID_NODEV };
+    dests.iter().try_for_each(|dest| {
+        let sealed = mount_root(dest, root).and_then(|mount| set_attr(mount.as_fd(), false, attr));
+        sealed.map_err(|error| error.of(format!("seal {}", dest.display())))
+    })
+}
+
+/// What is mounted where further mounts are to go.
+pub(crate) fn hold(places: &[Place], root: BorrowedFd<'_>) -> Result<Vec<OwnedFd>, Failure> {
+    let hold = |place: &Place| {
+        mount_root(&place.dest, root).map_err(|error| error.of(format!("find {}", place.dest.display())))
+    };
+    places.iter().map(hold).collect()
+}
+
+/// Attaches mounts in the place of others, which whoever is in them keeps.
+pub(crate) fn replace(
+    old: &[OwnedFd],
+    places: Vec<Place>,
+    fds: impl Iterator<Item = OwnedFd>,
+    root: BorrowedFd<'_>,
+) -> Result<(), Failure> {
+    // The deepest first; one that is on another of them goes with that.
+    for mount in old.iter().rev() {
+        unmount(format!("/proc/self/fd/{}", mount.as_raw_fd()), UnmountFlags::DETACH)
+            .call(|| "umount2(old mount, MNT_DETACH)".into())
+            .map_err(|error| error.of("detach old mounts"))?;
+    }
+    attach_all(places, fds, root)
+}
+
+/// The root of what is mounted in that very place.
+fn mount_root(dest: &Path, root: BorrowedFd<'_>) -> Outcome<OwnedFd> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+    let found = openat2(root, dest, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+        .call(|| format!("openat2({dest:?}, RESOLVE_NO_SYMLINKS)"))?;
+    let stat = statx(&found, SELF, AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
+        .call(|| format!("statx({dest:?})"))?;
+    if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+        Ok(found)
+    } else {
+        Err(CallError::what("nothing is mounted there any more"))
+    }
+}
+
+fn attach_late(mount: &Detached, root: BorrowedFd<'_>) -> Result<(), Failure> {
+    mount.attach(root).map_err(|error| error.of(format!("attach {}", mount.dest.display())))
+}
+
+fn detached(places: Vec<Place>, mut fds: impl Iterator<Item = OwnedFd>) -> Outcome<Vec<Detached>> {
+    let of = |Place { dest, is_directory }: Place| {
+        let mount = fds.next().ok_or_else(|| CallError::what("a mount is missing"))?;
+        Ok(Detached { mount, dest, is_directory, follows_links: false })
+    };
+    places.into_iter().map(of).collect()
+}
 
 /// The new root, in place.
 pub(crate) struct Assembled {
@@ -43,7 +151,11 @@ pub(crate) struct Assembled {
 }
 
 /// Carries out `steps` and pivots into the result. `userns` chooses overlayfs' unprivileged attributes.
-pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, Failure> {
+pub(crate) fn assemble(
+    steps: &[MountStep],
+    userns: bool,
+    awaited: &mut AwaitedMounts<'_>,
+) -> Result<Assembled, Failure> {
     let step = "prepare the root";
     let old = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .call(|| "open(\"/\")".into())
@@ -56,7 +168,7 @@ pub(crate) fn assemble(steps: &[MountStep], userns: bool) -> Result<Assembled, F
         .call(|| "chdir(\"/proc/self/fd\")".into())
         .map_err(|e| e.of(step))?;
     let mut builder =
-        Builder { old, root: None, control: None, scratch: None, masks: Masks::default(), userns };
+        Builder { old, root: None, control: None, scratch: None, masks: Masks::default(), userns, awaited };
     let (in_place, steps) = builder.found_root(steps).map_err(|e| e.of(step))?;
     let mut made = Vec::new();
     for step in steps {
@@ -101,7 +213,7 @@ struct Masks {
     directory: Option<OwnedFd>,
 }
 
-struct Builder {
+struct Builder<'a, 'b> {
     /// `/` as the daemon sees it.
     old: OwnedFd,
     /// `/` as the sandbox will see it; `None` until the first mount.
@@ -110,11 +222,12 @@ struct Builder {
     scratch: Option<Scratch>,
     masks: Masks,
     userns: bool,
+    awaited: &'a mut AwaitedMounts<'b>,
 }
 
-impl Builder {
+impl Builder<'_, '_> {
     /// Sees to the root; whether it is the old one in place, and the steps that are left.
-    fn found_root<'a>(&mut self, steps: &'a [MountStep]) -> Outcome<(bool, &'a [MountStep])> {
+    fn found_root<'s>(&mut self, steps: &'s [MountStep]) -> Outcome<(bool, &'s [MountStep])> {
         let root = Path::new("/");
         match steps.split_first() {
             Some((MountStep::Bind { source, dest, read_only: true, recursive: true }, rest))
@@ -144,6 +257,10 @@ impl Builder {
             }
             MountStep::Overlay { lower, upper, dest } => {
                 Ok(vec![Detached::of_caller(self.overlay(lower, upper)?, dest, true)])
+            }
+            MountStep::Awaited { dest } => {
+                let mount = self.awaited.next()?;
+                if mount.dest == *dest { Ok(vec![mount]) } else { Err(CallError::what("another mount came")) }
             }
             MountStep::Tmpfs { dest, mode, bytes_max, inodes_max } => {
                 let mount = tmpfs(*mode, *bytes_max, *inodes_max, NOSUID_NODEV)?;
@@ -201,8 +318,7 @@ impl Builder {
         let (upper, work) = match upper {
             Upper::Directory { upper, work } => (source(&self.old, upper)?, source(&self.old, work)?),
             Upper::Tmpfs { bytes_max, inodes_max } => {
-                // overlayfs wants its upper mounted in this namespace, so it is parked beneath the scratch.
-                let place = self.scratch_dir(0o700)?;
+                let place = self.parking_place()?;
                 let mount = tmpfs(0o755, *bytes_max, *inodes_max, NOSUID_NODEV)?;
                 attach_to(mount.as_fd(), place.as_fd())?;
                 for name in ["upper", "work"] {
@@ -212,9 +328,19 @@ impl Builder {
                 copy_ownership(lower.as_fd(), upper.as_fd())?;
                 (upper, open_beneath(mount.as_fd(), Path::new("work"))?)
             }
+            Upper::Held(_) => return Err(CallError::what("its upper is the daemon's")),
         };
         // Through the working directory, see `assemble`.
         Layers { lower, upper, work }.mount("", self.userns)
+    }
+
+    /// Where a file system is mounted that nobody is to see: overlayfs wants its upper mounted in this namespace.
+    fn parking_place(&mut self) -> Outcome<OwnedFd> {
+        if self.scratch.is_some() {
+            return self.scratch_dir(0o700);
+        }
+        // An overlay that will be the root itself: what lies on the old one goes with it.
+        open_beneath(self.old.as_fd(), Path::new("/proc"))
     }
 
     fn control(&mut self, dest: &Path, bytes_max: u64) -> Outcome<()> {

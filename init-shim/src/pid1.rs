@@ -19,9 +19,8 @@
 
 use crate::Failure;
 use crate::channel::{Channel, Received};
-use crate::detached::Detached;
 use crate::failure::Call;
-use crate::messages::{Event, ExitStatus, IdMap, Network, Place, Plan, Program, Request};
+use crate::messages::{Event, ExitStatus, IdMap, Network, Plan, Program, Request};
 use crate::program::{Released, Waiting};
 use crate::{mounts, program};
 use execd_sys::{CloneFlags, SingleThreaded, exit_now};
@@ -88,10 +87,11 @@ impl Init<'_> {
             Some(Received { message: Request::Start { id, program, into_cgroup }, fds, .. }) => {
                 Some((*id, self.fork(program, *into_cgroup, fds)))
             }
-            Some(Received { message: Request::Attach { .. }, .. }) | None => None,
+            Some(_) | None => None,
         };
-        let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some())?;
-        self.attach_awaited(plan.awaited_mounts, &assembled.root)?;
+        let mut awaited = mounts::AwaitedMounts::new(&self.channel, plan.awaited_mounts);
+        let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some(), &mut awaited)?;
+        awaited.attach_rest(assembled.root.as_fd())?;
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
             .call(|| "prctl(PR_SET_DUMPABLE, 0)".into())
             .map_err(|e| e.of("protect init"))?;
@@ -143,6 +143,10 @@ impl Init<'_> {
         }
     }
 
+    fn root(&self) -> Result<&OwnedFd, Failure> {
+        self.root.as_ref().ok_or_else(|| Failure::check("change mounts", "there is no root yet"))
+    }
+
     fn answer(&mut self, request: Received<Request>) {
         let mut fds = request.fds;
         match request.message {
@@ -151,26 +155,23 @@ impl Init<'_> {
                 self.announce(id, waiting.map(Waiting::open).and_then(Released::finish));
             }
             Request::Attach { places } => {
-                let outcome = match &self.root {
-                    Some(root) => attach(places, &mut fds, root),
-                    None => Err(Failure::check("attach mounts", "there is no root yet")),
-                };
+                let outcome = self.root().and_then(|root| mounts::attach_all(places, fds, root.as_fd()));
                 let _ = self.channel.send(&Event::Attached(outcome), &[], &[]);
             }
+            Request::Seal { dests } => {
+                let sealed = self.root().and_then(|root| mounts::seal(&dests, root.as_fd()));
+                let _ = self.channel.send(&Event::Attached(sealed), &[], &[]);
+            }
+            Request::Replace { places } => {
+                let event = match self.root().and_then(|root| mounts::hold(&places, root.as_fd())) {
+                    Ok(old) => Event::Attached(
+                        self.root().and_then(|root| mounts::replace(&old, places, fds, root.as_fd())),
+                    ),
+                    Err(failure) => Event::NotReplaced(failure),
+                };
+                let _ = self.channel.send(&event, &[], &[]);
+            }
         }
-    }
-
-    fn attach_awaited(&self, mut count: usize, root: &OwnedFd) -> Result<(), Failure> {
-        while count > 0 {
-            let request =
-                self.channel.recv::<Request>().call(|| "recvmsg".into()).map_err(|e| e.of("await mounts"))?;
-            let Some(Received { message: Request::Attach { places }, mut fds, .. }) = request else {
-                return Err(Failure::check("await mounts", "something else came"));
-            };
-            count = count.saturating_sub(places.len());
-            attach(places, &mut fds, root)?;
-        }
-        Ok(())
     }
 
     fn fork(
@@ -227,20 +228,6 @@ fn write_id_map(map: &IdMap) -> Result<(), Failure> {
     write("setgroups", "deny".into())?;
     write("uid_map", format!("{} {} 1", map.inside_uid, map.outside_uid))?;
     write("gid_map", format!("{} {} 1", map.inside_gid, map.outside_gid))
-}
-
-fn attach(
-    places: Vec<Place>,
-    mounts: &mut impl Iterator<Item = OwnedFd>,
-    root: &OwnedFd,
-) -> Result<(), Failure> {
-    for Place { dest, is_directory } in places {
-        let step = || format!("attach {}", dest.display());
-        let mount = mounts.next().ok_or_else(|| Failure::check(step(), "a mount is missing"))?;
-        let detached = Detached { mount, dest: dest.clone(), is_directory, follows_links: false };
-        detached.attach(root.as_fd()).map_err(|error| error.of(step()))?;
-    }
-    Ok(())
 }
 
 fn isolate(plan: &Plan) -> Result<(), Failure> {

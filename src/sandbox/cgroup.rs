@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// Processes leave a cgroup a moment after they are seen dead; how long to wait for that.
 const EMPTY_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How long processes may take to come to rest.
+const FREEZE_WAIT_MAX: Duration = Duration::from_secs(2);
 /// The beginning of a cpu.stat, which is where the times are; bytes.
 const CPU_STAT_BYTES_MAX: usize = 256;
 const INSTANCE_PREFIX: &str = "execd-";
@@ -106,9 +108,7 @@ impl Cgroup {
     /// # Errors
     /// `ENODEV` when it has been removed.
     pub fn processes(&self) -> io::Result<Vec<i32>> {
-        let mut text = String::new();
-        File::from(self.open("cgroup.procs", OFlags::RDONLY)?).read_to_string(&mut text)?;
-        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+        processes(&self.dir)
     }
 
     /// The CPU time of all processes that were ever in it (cpu.stat, which needs no controller; kernel 4.15).
@@ -141,12 +141,49 @@ impl Cgroup {
         self.write("cgroup.procs", &pid.to_string())
     }
 
+    /// The processes in its leaves.
+    pub fn processes_below(&self) -> Vec<i32> {
+        let leaves = subdirectories(&self.dir).into_iter().filter_map(|name| open_dir(&self.dir, &name).ok());
+        leaves.flat_map(|leaf| processes(&leaf).unwrap_or_default()).collect()
+    }
+
+    /// Kills all processes in its leaves; those in the directory itself live on.
+    pub fn kill_leaves(&self) {
+        for name in subdirectories(&self.dir) {
+            // It fails only when the leaf has gone.
+            let _ = open_dir(&self.dir, &name).map(|leaf| write_file(&leaf, "cgroup.kill", "1"));
+        }
+    }
+
     /// Kills all processes in it and below, however they detached themselves (kernel 5.14).
     ///
     /// # Errors
     /// `ENOENT` on older kernels.
     pub fn kill(&self) -> io::Result<()> {
         self.write("cgroup.kill", "1")
+    }
+
+    /// Holds up the processes in its leaves, however busy they are, until what is returned is dropped. What lies in the
+    /// directory itself, a sandbox's init, goes on.
+    ///
+    /// # Errors
+    /// `TimedOut` when one does not come to rest, such as one that hangs in the kernel.
+    pub fn freeze_leaves(&self) -> io::Result<Frozen> {
+        let mut frozen = Frozen(Vec::new());
+        for name in subdirectories(&self.dir) {
+            // It may have been removed since.
+            let Ok(dir) = open_dir(&self.dir, &name) else { continue };
+            write_file(&dir, "cgroup.freeze", "1")?;
+            frozen.0.push(dir);
+        }
+        let deadline = Instant::now() + FREEZE_WAIT_MAX;
+        while !frozen.0.iter().all(is_at_rest) {
+            if Instant::now() >= deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(frozen)
     }
 
     /// Removes it and its leaves, waiting a little for processes to be gone.
@@ -181,8 +218,42 @@ impl Cgroup {
     }
 
     fn write(&self, file: &str, text: &str) -> io::Result<()> {
-        File::from(self.open(file, OFlags::WRONLY)?).write_all(text.as_bytes())
+        write_file(&self.dir, file, text)
     }
+}
+
+fn processes(dir: &OwnedFd) -> io::Result<Vec<i32>> {
+    let mut text = String::new();
+    let file = openat(dir, "cgroup.procs", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    File::from(file).read_to_string(&mut text)?;
+    Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+}
+
+/// Processes that are held up; they go on when this is dropped.
+#[derive(Debug)]
+pub struct Frozen(Vec<OwnedFd>);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for dir in &self.0 {
+            // It fails only when the directory has gone.
+            let _ = write_file(dir, "cgroup.freeze", "0");
+        }
+    }
+}
+
+/// Whether all its processes are held up, or there are none (cgroup.events).
+fn is_at_rest(dir: &OwnedFd) -> bool {
+    let mut text = String::new();
+    let file = openat(dir, "cgroup.events", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let Ok(file) = file else { return true };
+    let read = File::from(file).read_to_string(&mut text);
+    read.is_err() || text.lines().any(|line| line == "frozen 1" || line == "populated 0")
+}
+
+fn write_file(dir: &OwnedFd, file: &str, text: &str) -> io::Result<()> {
+    let file = openat(dir, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    File::from(file).write_all(text.as_bytes())
 }
 
 impl AsFd for Cgroup {

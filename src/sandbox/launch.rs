@@ -3,7 +3,7 @@
 //! All calls here block, for a millisecond or so. They belong on a thread that may block.
 
 use super::launcher::Launcher;
-use super::plan::{plan, program};
+use super::plan::{made_outside, plan, program};
 use super::spec::SandboxSpec;
 use execd_init_shim::Failure;
 use execd_init_shim::channel::{Channel, FDS_MAX, Received};
@@ -30,6 +30,9 @@ pub enum LaunchError {
     /// A set-up step failed; the text names it.
     #[error(transparent)]
     Step(#[from] Failure),
+    /// Mounts cannot be replaced; they are as they were.
+    #[error(transparent)]
+    NotReplaced(Failure),
     /// The launcher died.
     #[error("the launcher is gone")]
     LauncherLost,
@@ -42,6 +45,17 @@ pub enum LaunchError {
     /// The daemon's own side failed.
     #[error("talk to the sandbox")]
     Io(#[source] io::Error),
+}
+
+/// Why mounts were not replaced.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplaceError {
+    /// They are as they were.
+    #[error(transparent)]
+    Unchanged(LaunchError),
+    /// Some may be missing: the sandbox is of no use any more.
+    #[error(transparent)]
+    Broken(LaunchError),
 }
 
 impl From<io::Error> for LaunchError {
@@ -199,7 +213,7 @@ impl Sandbox {
         // Until the sandbox exists as a value, this guard is what ends a half-built one.
         let guard = KillOnDrop(&pidfd);
         set_socket_timeout(&channel, Timeout::Recv, Some(ANSWER_WAIT_MAX)).map_err(io::Error::from)?;
-        match request_attach(&channel, &spec.late_mounts) {
+        match request_attach(&channel, made_outside(&spec)) {
             // It has failed before; what it said last is still there to be read.
             Ok(_) | Err(LaunchError::InitLost) => {}
             Err(error) => return Err(error),
@@ -266,19 +280,62 @@ impl Sandbox {
     /// The step that failed; the mounts before it stay.
     pub fn attach(&self, mounts: &[MountStep]) -> Result<(), LaunchError> {
         let mut state = self.state();
-        let mut unanswered = request_attach(&self.channel, mounts)?;
+        let mut unanswered = request_attach(&self.channel, mounts.iter())?;
         while unanswered > 0 {
+            self.await_attached(&mut state)?;
+            unanswered -= 1;
+        }
+        Ok(())
+    }
+
+    /// Makes the mounts in these places read-only.
+    ///
+    /// # Errors
+    /// The step that failed; `EBUSY` when a file is open for writing.
+    pub fn seal(&self, dests: &[PathBuf]) -> Result<(), LaunchError> {
+        let mut state = self.state();
+        self.channel.send(&Request::Seal { dests: dests.to_vec() }, &[], &[])?;
+        self.await_attached(&mut state)
+    }
+
+    /// Makes mounts and has them attached in the place of those that are there, in order. Programs that are in one of
+    /// those stay there.
+    ///
+    /// # Errors
+    /// [`ReplaceError`] says what has become of the mounts.
+    pub fn replace(&self, mounts: &[MountStep]) -> Result<(), ReplaceError> {
+        let unchanged = |error: LaunchError| ReplaceError::Unchanged(error);
+        let mut state = self.state();
+        if mounts.len() > FDS_MAX - 1 {
+            let failure = Failure::check("replace mounts", "there are too many of them");
+            return Err(unchanged(failure.into()));
+        }
+        let made: Vec<_> = mounts
+            .iter()
+            .map(detach)
+            .collect::<Result<_, _>>()
+            .map_err(|failure| unchanged(failure.into()))?;
+        let places = made.iter().map(place).collect();
+        let fds: Vec<BorrowedFd<'_>> = made.iter().map(|detached| detached.mount.as_fd()).collect();
+        let sent = self.channel.send(&Request::Replace { places }, &[], &fds);
+        sent.map_err(|error| unchanged(error.into()))?;
+        match self.await_attached(&mut state) {
+            Ok(()) => Ok(()),
+            Err(LaunchError::NotReplaced(failure)) => Err(unchanged(failure.into())),
+            Err(error) => Err(ReplaceError::Broken(error)),
+        }
+    }
+
+    fn await_attached(&self, state: &mut State) -> Result<(), LaunchError> {
+        loop {
             let answer = self.channel.recv::<Event>()?.ok_or(LaunchError::InitLost)?;
             match answer.message {
-                Event::Attached(outcome) => {
-                    outcome?;
-                    unanswered -= 1;
-                }
+                Event::Attached(outcome) => return Ok(outcome?),
+                Event::NotReplaced(failure) => return Err(LaunchError::NotReplaced(failure)),
                 Event::Exited { id, status } => state.exits.push_back((id, status)),
                 _ => {}
             }
         }
-        Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -379,18 +436,25 @@ fn request_start(
 }
 
 /// Makes mounts and asks for them to be attached; how many messages that took.
-fn request_attach(channel: &Channel, mounts: &[MountStep]) -> Result<usize, LaunchError> {
+fn request_attach<'a>(
+    channel: &Channel,
+    mounts: impl Iterator<Item = &'a MountStep>,
+) -> Result<usize, LaunchError> {
     let mut messages = 0;
-    // A large message takes one descriptor for itself.
-    for mounts in mounts.chunks(FDS_MAX - 1) {
-        let made: Vec<_> = mounts.iter().map(detach).collect::<Result<_, _>>()?;
-        let place = |step: &Detached| Place { dest: step.dest.clone(), is_directory: step.is_directory };
+    let mut mounts = mounts.peekable();
+    while mounts.peek().is_some() {
+        // A large message takes one descriptor for itself.
+        let made: Vec<_> = mounts.by_ref().take(FDS_MAX - 1).map(detach).collect::<Result<_, _>>()?;
         let request = Request::Attach { places: made.iter().map(place).collect() };
         let fds: Vec<BorrowedFd<'_>> = made.iter().map(|detached| detached.mount.as_fd()).collect();
         channel.send(&request, &[], &fds)?;
         messages += 1;
     }
     Ok(messages)
+}
+
+fn place(mount: &Detached) -> Place {
+    Place { dest: mount.dest.clone(), is_directory: mount.is_directory }
 }
 
 /// Kills an init; the kernel then kills the rest of its PID namespace (pid_namespaces(7)).

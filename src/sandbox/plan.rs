@@ -1,7 +1,7 @@
 //! From spec to messages, without touching anything: what init is to set up, and what a program is born with.
 
 use super::spec::SandboxSpec;
-use execd_init_shim::messages::{Command, Identity, Plan, Program};
+use execd_init_shim::messages::{Command, Identity, MountStep, Plan, Program, Upper};
 
 /// What init is to set up.
 pub fn plan(spec: &SandboxSpec) -> Plan {
@@ -10,10 +10,23 @@ pub fn plan(spec: &SandboxSpec) -> Plan {
         cgroup_namespace: spec.namespaces.cgroup,
         network: spec.namespaces.network,
         hostname: spec.hostname.clone(),
-        mounts: spec.mounts.clone(),
-        awaited_mounts: spec.late_mounts.len(),
+        mounts: spec.mounts.iter().map(as_seen_by_init).collect(),
+        awaited_mounts: made_outside(spec).count(),
         oom_score_adj: spec.oom_score_adj,
     }
+}
+
+/// The mounts that the daemon makes, in the order in which init expects them.
+pub fn made_outside(spec: &SandboxSpec) -> impl Iterator<Item = &MountStep> {
+    spec.mounts.iter().filter(|step| is_held(step)).chain(&spec.late_mounts)
+}
+
+fn is_held(step: &MountStep) -> bool {
+    matches!(step, MountStep::Overlay { upper: Upper::Held(_), .. })
+}
+
+fn as_seen_by_init(step: &MountStep) -> MountStep {
+    if is_held(step) { MountStep::Awaited { dest: step.dest().into() } } else { step.clone() }
 }
 
 /// A program of that sandbox; the first of `commands` that exists is executed.

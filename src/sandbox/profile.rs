@@ -30,6 +30,8 @@ pub struct Layout {
     pub profile: Profile,
     /// Workspaces: same path inside as outside.
     pub workspaces: Vec<WorkspaceMount>,
+    /// Mounts on the container's root that a root of the caller's would leave out; shown read-only.
+    pub submounts: Vec<PathBuf>,
     /// Extra binds, writable folders included.
     pub binds: Vec<BindMount>,
     /// Host paths no session may see into.
@@ -104,7 +106,8 @@ pub fn mounts(layout: &Layout) -> Vec<MountStep> {
             inodes_max: INODES_MAX,
         },
     ];
-    let mut above = Vec::new();
+    let mut above: Vec<MountStep> =
+        layout.submounts.iter().map(|path| bind(path, path, true, true)).collect();
     above.extend(tmp(layout));
     above.push(MountStep::Private { dest: "/run".into(), mode: 0o755 });
     above.push(MountStep::Control { dest: CONTROL_DIR.into(), bytes_max: layout.sizes.control_bytes_max });
@@ -149,7 +152,8 @@ pub fn split(all: &[MountStep], base: &[MountStep]) -> Option<Vec<MountStep>> {
         }
         let can_wait = matches!(
             step,
-            MountStep::Bind { .. } | MountStep::Overlay { upper: Upper::Directory { .. }, .. }
+            MountStep::Bind { .. }
+                | MountStep::Overlay { upper: Upper::Directory { .. } | Upper::Held(_), .. }
         );
         let covers =
             |other: &MountStep| other.dest() != Path::new("/") && other.dest().starts_with(step.dest());
@@ -214,6 +218,7 @@ mod tests {
                     access: access.clone(),
                 })
                 .collect(),
+            submounts: vec![],
             binds: vec![],
             hidden: vec!["/var/lib/execd/isolation".into()],
             resolver: None,

@@ -7,6 +7,7 @@
 //! Nothing here decides anything: no policy, no retries, no logging.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod block;
 mod credentials;
 mod fd;
 mod keyring;
@@ -17,6 +18,7 @@ mod process;
 mod reactor;
 mod signal;
 
+pub use block::{abandon_file_system, configure_loop_device, free_loop_device};
 pub use credentials::{set_fs_gid, set_fs_uid};
 pub use fd::{adopt, close_range_from, redirect};
 pub use keyring::join_session_keyring;
