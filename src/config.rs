@@ -1,8 +1,13 @@
 //! The isolation configuration: a TOML file whose every key has a default. `configs/isolation.example.toml`
 //! lists them all, with the defaults; a test keeps the two equal.
 
+use crate::workspace::home::Tier;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+
+/// What an image can be made for.
+const UPPER_BYTES: std::ops::RangeInclusive<u64> = 8 << 20..=4 << 40;
+const UPPER_INODES: std::ops::RangeInclusive<u64> = 1 << 10..=1 << 27;
 
 /// Everything that can be configured about isolation.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -10,10 +15,12 @@ use std::path::{Path, PathBuf};
 pub struct Config {
     /// Parent of the writable layers of persistent overlays.
     pub upper_root: PathBuf,
-    /// What all uppers together may hold; bytes, 0 for no limit. Measured every few seconds; at the limit no
-    /// session with a persistent overlay is created.
+    /// The kinds of places that uppers may have. Of those that can be had, the first of image, directory, memory is used.
+    pub upper_tiers: Vec<Tier>,
+    /// What all persistent uppers together may hold; bytes, 0 for no limit. Measured every few seconds; at the limit no
+    /// session with a persistent overlay is created, and the largest cannot write any more.
     pub upper_max_bytes: u64,
-    /// The largest diff; bytes. There is no diff yet.
+    /// The largest diff; bytes, before it is packed.
     pub diff_max_bytes: u64,
     /// Host paths that `extra_writable` and `binds` may name, with what is beneath them.
     pub allowed_writable: Vec<PathBuf>,
@@ -62,7 +69,12 @@ pub struct Session {
 pub struct Sizes {
     /// /tmp (of the strict profile), /run and /dev/shm together.
     pub private_max_bytes: u64,
-    /// The upper of an overlay with `persist: false`.
+    /// What a session's overlays with `persist: true` may hold together, unless its request asks for less; 0 for no limit
+    /// but that of all together.
+    pub persistent_upper_max_bytes: u64,
+    /// The same in files, directories and all else.
+    pub persistent_upper_max_inodes: u64,
+    /// What a session's overlays with `persist: false` may hold together.
     pub ephemeral_upper_max_bytes: u64,
 }
 
@@ -84,6 +96,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             upper_root: "/var/lib/execd/isolation".into(),
+            upper_tiers: vec![Tier::Image, Tier::Directory, Tier::Memory],
             upper_max_bytes: 8 << 30,
             diff_max_bytes: 4 << 30,
             allowed_writable: ["/workspace", "/mnt", "/media", "/data"].map(PathBuf::from).to_vec(),
@@ -111,7 +124,12 @@ impl Default for Session {
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self { private_max_bytes: 1 << 30, ephemeral_upper_max_bytes: 1 << 30 }
+        Self {
+            private_max_bytes: 1 << 30,
+            persistent_upper_max_bytes: 2 << 30,
+            persistent_upper_max_inodes: 1 << 18,
+            ephemeral_upper_max_bytes: 1 << 30,
+        }
     }
 }
 
@@ -178,6 +196,16 @@ impl Config {
         if self.session.run_buffer_max_bytes == 0 {
             return wrong("session.run_buffer_max_bytes", "must be at least 1");
         }
+        if self.sizes.ephemeral_upper_max_bytes == 0 {
+            return wrong("sizes.ephemeral_upper_max_bytes", "must be at least 1");
+        }
+        let bytes = self.sizes.persistent_upper_max_bytes;
+        if bytes != 0 && !UPPER_BYTES.contains(&bytes) {
+            return wrong("sizes.persistent_upper_max_bytes", "must be 0, or between 8 MiB and 4 TiB");
+        }
+        if !UPPER_INODES.contains(&self.sizes.persistent_upper_max_inodes) {
+            return wrong("sizes.persistent_upper_max_inodes", "must be between 1024 and 134217728");
+        }
         if self.http.ping_interval_seconds == 0 {
             return wrong("http.ping_interval_seconds", "must be at least 1");
         }
@@ -204,7 +232,7 @@ mod tests {
         assert_eq!(config.seccomp.deny.unwrap(), built_in);
         let text = std::fs::read_to_string(EXAMPLE).unwrap();
         let keys = text.lines().filter(|line| line.contains(" = ")).count();
-        assert_eq!(keys, 18, "a key was added without a line in the example");
+        assert_eq!(keys, 21, "a key was added without a line in the example");
     }
 
     #[test]

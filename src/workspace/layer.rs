@@ -1,6 +1,7 @@
 //! One overlay, seen from outside: its two trees.
 
 use rustix::fd::OwnedFd;
+use std::ffi::CStr;
 use std::path::PathBuf;
 
 /// The upper and the lower of an overlay, as directories of the host.
@@ -20,10 +21,39 @@ pub struct Layer {
 }
 
 /// How overlayfs marks what an upper means (Documentation/filesystems/overlayfs.rst).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Marks {
     /// `trusted.overlay.*`, which only the kernel and the host's root can write.
     Trusted,
     /// `user.overlay.*`, of a mount in a user namespace (`userxattr`).
     User,
+}
+
+impl Marks {
+    /// The attribute of directories that says what of the lower shows in them: `y` nothing, `x` that their whiteouts may
+    /// be files with an attribute.
+    pub(crate) fn opaque(self) -> &'static CStr {
+        match self {
+            Self::Trusted => c"trusted.overlay.opaque",
+            Self::User => c"user.overlay.opaque",
+        }
+    }
+
+    /// The attribute of empty files that makes them whiteouts.
+    pub(crate) fn whiteout(self) -> &'static CStr {
+        match self {
+            Self::Trusted => c"trusted.overlay.whiteout",
+            Self::User => c"user.overlay.whiteout",
+        }
+    }
+}
+
+/// Whether an attribute means something outside of an upper. Overlayfs' own do not, whichever mount they are of: one
+/// kind is not even shown by a mount of the other, and a consumer's overlayfs would obey them. Labels are the machine's.
+pub(crate) fn is_portable(attribute: &CStr) -> bool {
+    let name = attribute.to_bytes();
+    !name.starts_with(b"trusted.overlay.")
+        && !name.starts_with(b"user.overlay.")
+        && name != b"security.selinux"
 }

@@ -1,6 +1,7 @@
 //! From the paths of a request to the paths that are mounted: links resolved, allow-list applied, missing
 //! workspaces made. What is returned contains no symbolic link; init refuses to follow one that appears later.
 
+use procfs::process::Process;
 use rustix::fs::{CWD, Gid, Mode, OFlags, ResolveFlags, Uid, fchown, mkdirat, openat, openat2};
 use rustix::io::Errno;
 use std::io;
@@ -122,6 +123,29 @@ pub fn resolver() -> Option<PathBuf> {
     (path.starts_with("/run") && path.is_file()).then_some(path)
 }
 
+/// What is mounted on the container's root, mounts on mounts left out: they come along with those. /proc and /dev are the
+/// sandbox's own.
+pub fn submounts() -> Vec<PathBuf> {
+    let mounts = Process::myself().and_then(|process| process.mountinfo()).map(|mounts| mounts.0);
+    let points: Vec<PathBuf> =
+        mounts.unwrap_or_default().into_iter().map(|mount| mount.mount_point).collect();
+    topmost(points).into_iter().filter(|path| path.exists()).collect()
+}
+
+fn topmost(mut points: Vec<PathBuf>) -> Vec<PathBuf> {
+    let own = ["/proc", "/dev"].map(Path::new);
+    points.retain(|point| point != Path::new("/") && !own.iter().any(|own| point.starts_with(own)));
+    points.sort();
+    points.dedup();
+    let mut topmost: Vec<PathBuf> = Vec::new();
+    for point in points {
+        if !topmost.iter().any(|above| point.starts_with(above)) {
+            topmost.push(point);
+        }
+    }
+    topmost
+}
+
 /// Whether a mount point exists in the container, or lies below one of the places that a session can make it
 /// in.
 pub fn is_mount_point(dest: &Path, writable: &[PathBuf]) -> bool {
@@ -146,6 +170,13 @@ mod tests {
         for path in ["", "a", "./a", "/a/", "//a", "/a//b", "/a/./b", "/a/..", "/a\0b"] {
             assert!(!is_clean(path), "{path:?}");
         }
+    }
+
+    #[test]
+    fn mounts_on_mounts_come_along() {
+        let points = ["/", "/sys/fs/cgroup", "/sys", "/proc", "/dev/pts", "/etc/hosts", "/sysadmin", "/sys"];
+        let topmost = topmost(points.map(PathBuf::from).to_vec());
+        assert_eq!(topmost, ["/etc/hosts", "/sys", "/sysadmin"].map(PathBuf::from));
     }
 
     #[test]

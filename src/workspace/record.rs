@@ -1,0 +1,94 @@
+//! What is written down about the uppers of a session, beside them: enough for a later execd to know them again.
+
+use super::home::{Limit, Tier};
+use super::layer::Marks;
+use super::timestamp::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+use uuid::Uuid;
+
+const FILE: &str = "record.json";
+/// Of this form; another one is not read.
+const VERSION: u32 = 1;
+
+/// The record of one session's uppers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    version: u32,
+    /// Whose uppers.
+    pub session: Uuid,
+    /// Where they lie.
+    pub tier: Tier,
+    /// What they may hold.
+    pub limit: Limit,
+    /// Since when there is the session; a change of a lower after that is none it has seen.
+    pub since: Timestamp,
+    /// When it ended; `None` as long as it lives, and when it was cut off.
+    pub ended: Option<Timestamp>,
+    /// How long they are kept after the end; seconds, 0 for not at all.
+    pub retain_seconds: u64,
+    /// Whether its lowers are being changed.
+    pub committing: bool,
+    /// The overlays, in the order of their folders.
+    pub overlays: Vec<RecordedOverlay>,
+}
+
+/// One overlay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordedOverlay {
+    /// Where it is mounted inside.
+    pub dest: PathBuf,
+    /// The host's directory, links resolved.
+    pub lower: PathBuf,
+    /// The folder of its upper, where the session's uppers lie.
+    pub folder: String,
+    /// How its upper is marked.
+    pub marks: Marks,
+}
+
+impl Record {
+    /// The record of a session that begins.
+    pub fn new(session: Uuid, tier: Tier, limit: Limit, retain_seconds: u64) -> Self {
+        Self {
+            version: VERSION,
+            session,
+            tier,
+            limit,
+            since: Timestamp::now(),
+            ended: None,
+            retain_seconds,
+            committing: false,
+            overlays: Vec::new(),
+        }
+    }
+
+    /// When its uppers go; `None` as long as it has not ended.
+    pub fn expires(&self) -> Option<SystemTime> {
+        Some(self.ended?.system_time() + Duration::from_secs(self.retain_seconds))
+    }
+
+    /// Writes it into the session's folder, in one step.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn write(&self, folder: &Path) -> io::Result<()> {
+        let passing = folder.join(format!("{FILE}.new"));
+        serde_json::to_writer(File::create(&passing)?, self)?;
+        fs::rename(passing, folder.join(FILE))
+    }
+
+    /// Reads it from a session's folder.
+    ///
+    /// # Errors
+    /// Those of the file system; `InvalidData` for what is no record of this version.
+    pub fn read(folder: &Path) -> io::Result<Self> {
+        let record: Self = serde_json::from_slice(&fs::read(folder.join(FILE))?)?;
+        if record.version != VERSION {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a record of another version"));
+        }
+        Ok(record)
+    }
+}
