@@ -1,7 +1,7 @@
 //! `execd serve` and `execd probe`: what both set up, and the daemon's life from start to shutdown.
 
 use crate::cli::{ProbeArgs, ServeArgs};
-use crate::config::Config;
+use crate::config::{Config, Sizes};
 use crate::http::dto::CapabilitiesResponse;
 use crate::http::{self, App};
 use crate::sandbox::cgroup::CgroupTree;
@@ -12,7 +12,8 @@ use crate::session::prepare::Foundation;
 use crate::session::probe::{Report, probe};
 use crate::session::registry::Registry;
 use crate::telemetry;
-use crate::workspace::uppers::{Uppers, UppersError};
+use crate::workspace::home::{EPHEMERAL_INODES_MAX, Limit};
+use crate::workspace::uppers::{Limits, Uppers, UppersError};
 use anyhow::Context;
 use std::path::Path;
 use std::sync::Arc;
@@ -46,7 +47,7 @@ fn set_up(config_path: &str) -> anyhow::Result<Machine> {
     for name in &filter.unknown {
         tracing::warn!(name, "the deny list names an unknown system call");
     }
-    let uppers = match Uppers::open(&config.upper_root) {
+    let uppers = match Uppers::open(&config.upper_root, limits(&config.sizes), &config.upper_tiers) {
         Ok(uppers) => Some(uppers),
         Err(error @ UppersError::InUse(_)) => return Err(error.into()),
         Err(error) => {
@@ -63,6 +64,16 @@ fn set_up(config_path: &str) -> anyhow::Result<Machine> {
     let foundation = Arc::new(Foundation { config, filter, uppers, has_cgroups: cgroups.is_ok() });
     let report = probe(&launcher, &foundation, cgroups.as_ref().map(|_| ()).map_err(Clone::clone));
     Ok(Machine { foundation, launcher, cgroups: cgroups.ok(), report })
+}
+
+fn limits(sizes: &Sizes) -> Limits {
+    Limits {
+        persistent: Limit {
+            bytes: sizes.persistent_upper_max_bytes,
+            inodes: sizes.persistent_upper_max_inodes,
+        },
+        ephemeral: Limit { bytes: sizes.ephemeral_upper_max_bytes, inodes: EPHEMERAL_INODES_MAX },
+    }
 }
 
 /// Every session holds some twenty descriptors.
@@ -108,6 +119,7 @@ async fn run(args: &ServeArgs, machine: Machine) -> anyhow::Result<()> {
     let launchpad = Launchpad { launcher, cgroups, answer_max };
     let registry = Registry::new(Arc::clone(&foundation), launchpad, report).context("start the registry")?;
     tokio::spawn(Registry::watch_memory(Arc::downgrade(&registry)));
+    tokio::spawn(Registry::watch_uppers(Arc::downgrade(&registry)));
     let app = App { registry: Arc::clone(&registry), access_token: args.access_token.as_str().into() };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -145,7 +157,8 @@ pub fn print_probe(args: &ProbeArgs) -> anyhow::Result<i32> {
     let machine = set_up(&args.isolation_config)?;
     if args.json {
         let has_filter = !machine.foundation.filter.program.is_empty();
-        let response = CapabilitiesResponse::new(&machine.report, has_filter);
+        let ladder = machine.foundation.ladder();
+        let response = CapabilitiesResponse::new(&machine.report, has_filter, ladder);
         println!("{}", serde_json::to_string_pretty(&response)?);
     } else {
         for check in &machine.report.checks {

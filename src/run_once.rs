@@ -42,7 +42,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<i32> {
     execd_sys::reset_signals();
     let foundation = foundation(args)?;
     let options = options(args)?;
-    let mut prepared = prepare(&foundation, "run", &options)?;
+    let mut prepared = prepare(&foundation, uuid::Uuid::new_v4(), &options)?;
     let terminal = std::io::stdin().is_terminal();
     // With a terminal the command keeps it, job control included; the filter blocks typing into it (TIOCSTI).
     prepared.spec.new_session = !terminal || prepared.spec.seccomp.program.is_empty();

@@ -5,7 +5,7 @@ use super::download::{disposition, stream};
 use super::error::ApiError;
 use super::files::{Pairs, required, visit};
 use super::upload::heard;
-use crate::session::files::{FilesVisit, Piece, Purpose, wait_for_client};
+use crate::session::files::{Piece, Purpose, wait_for_client};
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::IntoResponse;
@@ -13,12 +13,12 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// How much is packed before it is passed on; bytes.
 const PIECE_BYTES: usize = 128 * 1024;
 /// Pieces on their way between the client and the thread that packs or unpacks.
-const PIECES_AHEAD: usize = 4;
+pub(super) const PIECES_AHEAD: usize = 4;
 
 /// `GET`: what is in a directory.
 pub(super) async fn pack(
@@ -36,7 +36,7 @@ pub(super) async fn pack(
     tokio::spawn(async move {
         let (out, to) = (Arc::clone(&visit), sender.clone());
         let packed = visit.perform_long(place, move |worker| {
-            let mut writer = PieceWriter { visit: out, sender: to, piece: Vec::with_capacity(PIECE_BYTES) };
+            let mut writer = PieceWriter::new(out.shut(), to);
             worker.pack(&path, &mut writer)?;
             // An error has been noticed by whoever would read it.
             let _ = writer.pass_on();
@@ -59,13 +59,13 @@ pub(super) async fn unpack(
     query: Pairs,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
-    let visit = visit(&app, &id, Purpose::Use).await?;
+    let visit = visit(&app, &id, Purpose::Change).await?;
     let path = required(&query, "path")?;
     let place = visit.long_place()?;
     let (sender, pieces) = mpsc::channel(PIECES_AHEAD);
     let from = Arc::clone(&visit);
     let unpacked = visit.perform_long(place, move |worker| {
-        worker.unpack(&path, &mut PieceReader { visit: from, pieces, piece: Bytes::new() })
+        worker.unpack(&path, &mut PieceReader { shut: from.shut(), pieces, piece: Bytes::new() })
     });
     let mut body = request.into_body().into_data_stream();
     let sent = async {
@@ -96,16 +96,22 @@ pub(super) async fn unpack(
 }
 
 /// Passes on what a thread writes.
-struct PieceWriter {
-    visit: Arc<FilesVisit>,
+pub(super) struct PieceWriter {
+    shut: watch::Receiver<bool>,
     sender: mpsc::Sender<Piece>,
     piece: Vec<u8>,
 }
 
 impl PieceWriter {
-    fn pass_on(&mut self) -> io::Result<()> {
+    /// `shut` says when the session ends.
+    pub(super) fn new(shut: watch::Receiver<bool>, sender: mpsc::Sender<Piece>) -> Self {
+        Self { shut, sender, piece: Vec::with_capacity(PIECE_BYTES) }
+    }
+
+    /// Passes on what has not been.
+    pub(super) fn pass_on(&mut self) -> io::Result<()> {
         let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE_BYTES));
-        let sent = wait_for_client(&self.visit, self.sender.send(Piece::Some(piece)))?;
+        let sent = wait_for_client(&self.shut, self.sender.send(Piece::Some(piece)))?;
         sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
@@ -126,7 +132,7 @@ impl Write for PieceWriter {
 
 /// Gives a thread what arrives.
 struct PieceReader {
-    visit: Arc<FilesVisit>,
+    shut: watch::Receiver<bool>,
     pieces: mpsc::Receiver<io::Result<Bytes>>,
     piece: Bytes,
 }
@@ -134,7 +140,7 @@ struct PieceReader {
 impl Read for PieceReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.piece.is_empty() {
-            match wait_for_client(&self.visit, self.pieces.recv())? {
+            match wait_for_client(&self.shut, self.pieces.recv())? {
                 Some(piece) => self.piece = piece?,
                 None => return Ok(0),
             }

@@ -5,16 +5,23 @@ use crate::http::json::Object;
 use crate::sandbox::environment::Passthrough;
 use crate::sandbox::profile::Profile;
 use crate::session::options::{
-    Bind, Mount, MountMode, OptionError, SessionOptions, UidMode, absolute_path, mount_path,
+    Bind, Mount, MountMode, OptionError, SessionOptions, UidMode, UpperOptions, absolute_path, mount_path,
 };
 use crate::session::probe::{Check, Feature, Report};
 use crate::session::session::Session;
+use crate::workspace::home::{Limit, Tier, Usage};
+use crate::workspace::record::RecordedOverlay;
+use crate::workspace::uppers::{Retained, Rung};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 /// Longer than this is for ever; seconds (ten years).
 pub(super) const SECONDS_MAX: u64 = 10 * 365 * 24 * 3600;
+
+/// The smallest limits of uppers that make sense; bytes, and inodes.
+const UPPER_BYTES_MIN: u64 = 8 << 20;
+const UPPER_INODES_MIN: u64 = 1 << 10;
 
 /// `POST /session`.
 #[derive(Debug, Default, Deserialize)]
@@ -42,11 +49,41 @@ pub struct WorkspaceDto {
 }
 
 /// An entry of `overlays`.
-#[derive(Debug, Default, Deserialize, Serialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct OverlayDto {
     path: Option<String>,
     mode: Option<String>,
+    persist: Option<PersistDto>,
+}
+
+/// `persist`: whether, and beyond the contract, how.
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "a boolean or an object with retain_seconds, max_bytes, max_inodes was expected"
+)]
+pub enum PersistDto {
+    /// As in the contract.
+    Whether(bool),
+    /// It does, in this way.
+    How(Object<PersistHow>),
+}
+
+/// What `persist` may say about the uppers of the session.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PersistHow {
+    retain_seconds: Option<u64>,
+    max_bytes: Option<u64>,
+    max_inodes: Option<u64>,
+}
+
+/// An overlay as it is shown.
+#[derive(Debug, Serialize)]
+struct ShownOverlay {
+    path: String,
+    mode: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     persist: Option<bool>,
 }
@@ -79,9 +116,11 @@ impl CreateRequest {
                 .map_err(|_| OptionError::new("idle_timeout_seconds", "must not be negative"))?,
             None => config.idle_timeout_seconds,
         };
+        let overlays = self.overlays.unwrap_or_default();
+        let uppers = upper_options(&overlays)?;
         let options = SessionOptions {
             profile: profile(self.profile.as_deref())?,
-            mounts: mounts(self.workspace, self.overlays.unwrap_or_default())?,
+            mounts: mounts(self.workspace, overlays)?,
             extra_writable: self
                 .extra_writable
                 .unwrap_or_default()
@@ -95,6 +134,7 @@ impl CreateRequest {
             gid: self.gid,
             uid_mode: uid_mode(self.uid_mode.as_deref())?,
             idle_timeout: (idle > 0).then(|| Duration::from_secs(idle.min(SECONDS_MAX))),
+            uppers,
         };
         for (field, id) in [("uid", options.uid), ("gid", options.gid)] {
             // (uid_t)-1 means "leave as it is" to every call that takes one.
@@ -158,7 +198,9 @@ fn mounts(
         let field = |name: &str| format!("overlays[{index}].{name}");
         let path = mount_path(&field("path"), overlay.path.as_deref().unwrap_or_default())?;
         let mode = match (mount_mode(&field("mode"), overlay.mode.as_deref())?, overlay.persist) {
-            (MountMode::Overlay { .. }, persist) => MountMode::Overlay { persist: persist.unwrap_or(true) },
+            (MountMode::Overlay { .. }, persist) => {
+                MountMode::Overlay { persist: !matches!(persist, Some(PersistDto::Whether(false))) }
+            }
             (mode, None) => mode,
             (_, Some(_)) => {
                 return Err(OptionError::new(field("persist"), "only goes with mode overlay"));
@@ -167,6 +209,27 @@ fn mounts(
         mounts.push(Mount { path, mode });
     }
     Ok(mounts)
+}
+
+/// The uppers of a session have one place, so what its overlays say about them is put together: the longest and largest
+/// counts.
+fn upper_options(overlays: &[Object<OverlayDto>]) -> Result<UpperOptions, OptionError> {
+    let mut options = UpperOptions::default();
+    for (index, Object(overlay)) in overlays.iter().enumerate() {
+        let Some(PersistDto::How(Object(how))) = &overlay.persist else { continue };
+        for (name, value) in [("max_bytes", how.max_bytes), ("max_inodes", how.max_inodes)] {
+            let least = if name == "max_bytes" { UPPER_BYTES_MIN } else { UPPER_INODES_MIN };
+            if value.is_some_and(|value| value < least) {
+                let field = format!("overlays[{index}].persist.{name}");
+                return Err(OptionError::new(field, format!("must be at least {least}")));
+            }
+        }
+        let retain = Duration::from_secs(how.retain_seconds.unwrap_or(0).min(SECONDS_MAX));
+        options.retain = options.retain.max(retain);
+        options.bytes_max = options.bytes_max.max(how.max_bytes);
+        options.inodes_max = options.inodes_max.max(how.max_inodes);
+    }
+    Ok(options)
 }
 
 fn bind(Object(bind): Object<BindDto>) -> Result<Bind, OptionError> {
@@ -256,7 +319,7 @@ pub struct StateResponse {
     profile: Profile,
     #[serde(skip_serializing_if = "Option::is_none")]
     workspace: Option<WorkspaceDto>,
-    overlays: Vec<OverlayDto>,
+    overlays: Vec<ShownOverlay>,
     extra_writable: Vec<String>,
     binds: Vec<BindDto>,
     share_net: bool,
@@ -267,14 +330,30 @@ pub struct StateResponse {
     gid: Option<u32>,
     uid_mode: UidMode,
     idle_timeout_seconds: u64,
+    /// Beyond the contract: where the changes lie.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uppers: Option<SessionUppersDto>,
+}
+
+/// Where the changes of a session's persistent overlays lie.
+#[derive(Debug, Serialize)]
+struct SessionUppersDto {
+    tier: Tier,
+    max: Limit,
+    /// Some seconds ago.
+    used: Usage,
+    retain_seconds: u64,
+    /// Why nothing can be written any more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sealed: Option<String>,
 }
 
 impl From<&Session> for StateResponse {
     fn from(session: &Session) -> Self {
         let options = &session.options;
-        let overlays: Vec<OverlayDto> = options.mounts.iter().map(overlay_dto).collect();
+        let overlays: Vec<ShownOverlay> = options.mounts.iter().map(overlay_dto).collect();
         let workspace = match overlays.as_slice() {
-            [only] => Some(WorkspaceDto { path: only.path.clone(), mode: only.mode.clone() }),
+            [only] => Some(WorkspaceDto { path: Some(only.path.clone()), mode: Some(only.mode.into()) }),
             _ => None,
         };
         Self {
@@ -299,6 +378,13 @@ impl From<&Session> for StateResponse {
             gid: options.gid,
             uid_mode: options.uid_mode,
             idle_timeout_seconds: options.idle_timeout.map_or(0, |timeout| timeout.as_secs()),
+            uppers: session.uppers_info().map(|info| SessionUppersDto {
+                tier: info.tier,
+                max: info.limit,
+                used: info.used,
+                retain_seconds: options.uppers.retain.as_secs(),
+                sealed: info.sealed,
+            }),
         }
     }
 }
@@ -307,13 +393,61 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn overlay_dto(mount: &Mount) -> OverlayDto {
+fn overlay_dto(mount: &Mount) -> ShownOverlay {
     let (mode, persist) = match mount.mode {
         MountMode::ReadWrite => ("rw", None),
         MountMode::ReadOnly => ("ro", None),
         MountMode::Overlay { persist } => ("overlay", Some(persist)),
     };
-    OverlayDto { path: Some(text(&mount.path)), mode: Some(mode.into()), persist }
+    ShownOverlay { path: text(&mount.path), mode, persist }
+}
+
+/// Answer of `GET /uppers`.
+#[derive(Debug, Serialize)]
+pub struct UppersResponse {
+    /// Those of sessions that have ended.
+    pub uppers: Vec<UpperResponse>,
+}
+
+/// The uppers of a session that has ended.
+#[derive(Debug, Serialize)]
+pub struct UpperResponse {
+    session_id: String,
+    created_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_at: Option<String>,
+    tier: Tier,
+    /// Whether a commit of it was cut off.
+    half_committed: bool,
+    overlays: Vec<KeptOverlay>,
+}
+
+#[derive(Debug, Serialize)]
+struct KeptOverlay {
+    path: String,
+    /// Where a commit goes, links resolved.
+    lower: String,
+}
+
+impl From<&Retained> for UpperResponse {
+    fn from(retained: &Retained) -> Self {
+        let record = &retained.record;
+        let overlay = |overlay: &RecordedOverlay| KeptOverlay {
+            path: text(&overlay.dest),
+            lower: text(&overlay.lower),
+        };
+        Self {
+            session_id: record.session.to_string(),
+            created_at: rfc3339(record.since.system_time()),
+            ended_at: record.ended.map(|ended| rfc3339(ended.system_time())),
+            expires_at: record.expires().map(rfc3339),
+            tier: record.tier,
+            half_committed: record.committing,
+            overlays: record.overlays.iter().map(overlay).collect(),
+        }
+    }
 }
 
 fn passthrough_dto(passthrough: &Passthrough) -> PassthroughDto {
@@ -340,6 +474,8 @@ pub struct CapabilitiesResponse {
     hardening: Hardening,
     /// Beyond the contract: everything that was tried, with reasons.
     checks: Vec<Check>,
+    /// And where uppers can lie, the preferred place first.
+    uppers: Vec<Rung>,
 }
 
 #[derive(Debug, Serialize)]
@@ -361,7 +497,8 @@ struct Layer {
 
 impl CapabilitiesResponse {
     /// From what was found out.
-    pub fn new(report: &Report, has_filter: bool) -> Self {
+    pub fn new(report: &Report, has_filter: bool, uppers: Vec<Rung>) -> Self {
+        let has_reachable_uppers = report.available() && uppers.iter().any(|rung| rung.available);
         const ACTIVE: Layer = Layer { state: "active", message: None };
         let off = |state, message| Layer { state, message: Some(message) };
         Self {
@@ -371,8 +508,8 @@ impl CapabilitiesResponse {
             message: (!report.available()).then(|| report.why_not(Feature::Setpriv).to_owned()),
             setpriv_available: report.can(Feature::Setpriv),
             userns_available: report.can(Feature::Userns),
-            commit_supported: false,
-            diff_supported: false,
+            commit_supported: has_reachable_uppers,
+            diff_supported: has_reachable_uppers,
             hardening: Hardening {
                 init_mode: "none",
                 signal_shield: false,
@@ -386,6 +523,7 @@ impl CapabilitiesResponse {
                 ebpf: off("unsupported", "not part of this build"),
             },
             checks: report.checks.clone(),
+            uppers,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Failures as HTTP answers; the only file that knows status codes of failures.
 
-use crate::files::Class;
+use crate::files::{Class, FileError};
 use crate::sandbox::launch::LaunchError;
 use crate::session::files::FilesError;
 use crate::session::options::OptionError;
@@ -8,6 +8,7 @@ use crate::session::prepare::PrepareError;
 use crate::session::registry::{CreateError, DeleteError};
 use crate::session::session::{RunRefused, SessionId};
 use crate::session::{BackgroundError, ShellError};
+use crate::workspace::uppers::RemoveError;
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -68,16 +69,34 @@ pub enum ApiError {
     /// Work in a session's files.
     #[error(transparent)]
     Files(#[from] FilesError),
+    /// Uppers that were kept could not be removed.
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
+}
+
+const INVALID: (StatusCode, &str) = (StatusCode::BAD_REQUEST, "INVALID_REQUEST_BODY");
+const UNAVAILABLE: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "SERVICE_UNAVAILABLE");
+const FAILED: (StatusCode, &str) = (StatusCode::INTERNAL_SERVER_ERROR, "RUNTIME_ERROR");
+
+/// Status and code of a failure in files.
+fn of_file(error: &FileError) -> (StatusCode, &'static str) {
+    match error.class() {
+        Class::Invalid => INVALID,
+        Class::NotFound => (StatusCode::NOT_FOUND, "FILE_NOT_FOUND"),
+        Class::Forbidden => (StatusCode::FORBIDDEN, "PERMISSION_DENIED"),
+        Class::Conflict => (StatusCode::CONFLICT, "CONFLICT"),
+        Class::NoSpace => (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR"),
+        Class::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "INVALID_REQUEST_BODY"),
+        Class::Busy | Class::Cancelled => UNAVAILABLE,
+        Class::Failed => FAILED,
+    }
 }
 
 impl ApiError {
     /// Status and code (api 1.2).
     fn class(&self) -> (StatusCode, &'static str) {
-        const INVALID: (StatusCode, &str) = (StatusCode::BAD_REQUEST, "INVALID_REQUEST_BODY");
         const NOT_FOUND: (StatusCode, &str) = (StatusCode::NOT_FOUND, "SESSION_NOT_FOUND");
         const NOT_SUPPORTED: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "NOT_SUPPORTED");
-        const UNAVAILABLE: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "SERVICE_UNAVAILABLE");
-        const FAILED: (StatusCode, &str) = (StatusCode::INTERNAL_SERVER_ERROR, "RUNTIME_ERROR");
         const TOO_MANY: (StatusCode, &str) = (StatusCode::TOO_MANY_REQUESTS, "TOO_MANY_REQUESTS");
         match self {
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED"),
@@ -98,12 +117,20 @@ impl ApiError {
                 CreateError::Prepare(PrepareError::UppersFull { .. }) => {
                     (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR")
                 }
+                CreateError::Prepare(PrepareError::NotSupported(_)) => NOT_SUPPORTED,
+                CreateError::Prepare(PrepareError::Upper(error))
+                    if error.kind() == ErrorKind::StorageFull =>
+                {
+                    (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR")
+                }
                 CreateError::Prepare(PrepareError::Upper(_)) | CreateError::Io(_) => FAILED,
+                CreateError::Copy(error) => of_file(error),
                 CreateError::Shell(error) => match error {
                     // Another launcher is on its way.
                     ShellError::Launch(LaunchError::LauncherLost) => UNAVAILABLE,
                     ShellError::Launch(
                         LaunchError::Step(_)
+                        | LaunchError::NotReplaced(_)
                         | LaunchError::InitLost
                         | LaunchError::TimedOut
                         | LaunchError::Io(_),
@@ -129,16 +156,11 @@ impl ApiError {
             Self::RangeSyntax | Self::RangeBeyond(_) => (StatusCode::RANGE_NOT_SATISFIABLE, "UNKNOWN"),
             Self::Files(FilesError::Dead(_)) => NOT_FOUND,
             Self::Files(FilesError::TooMany) => TOO_MANY,
-            Self::Files(FilesError::File(error)) => match error.class() {
-                Class::Invalid => INVALID,
-                Class::NotFound => (StatusCode::NOT_FOUND, "FILE_NOT_FOUND"),
-                Class::Forbidden => (StatusCode::FORBIDDEN, "PERMISSION_DENIED"),
-                Class::Conflict => (StatusCode::CONFLICT, "CONFLICT"),
-                Class::NoSpace => (StatusCode::INSUFFICIENT_STORAGE, "RUNTIME_ERROR"),
-                Class::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "INVALID_REQUEST_BODY"),
-                Class::Busy | Class::Cancelled => UNAVAILABLE,
-                Class::Failed => FAILED,
-            },
+            Self::Files(FilesError::Busy(_)) => (StatusCode::CONFLICT, "CONFLICT"),
+            Self::Files(FilesError::NotSupported(_)) => NOT_SUPPORTED,
+            Self::Files(FilesError::File(error)) => of_file(error),
+            Self::Remove(RemoveError::InUse) => (StatusCode::CONFLICT, "CONFLICT"),
+            Self::Remove(RemoveError::Io(_)) => FAILED,
         }
     }
 }

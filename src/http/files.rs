@@ -60,7 +60,7 @@ pub(super) fn required(query: &Pairs, name: &'static str) -> Result<String, ApiE
 }
 
 /// Every value of that name.
-fn values(query: Pairs, name: &str) -> Result<Vec<String>, ApiError> {
+pub(super) fn values(query: Pairs, name: &str) -> Result<Vec<String>, ApiError> {
     let values: Vec<_> = query.0.into_iter().filter(|(key, _)| key == name).map(|(_, value)| value).collect();
     check_batch(values.len())?;
     Ok(values)
@@ -79,12 +79,12 @@ pub(super) async fn visit(app: &App, id: &str, purpose: Purpose) -> Result<Arc<F
 }
 
 /// Has one thread of a session do something in its files.
-async fn perform<T, F>(app: &App, id: &str, work: F) -> Result<T, ApiError>
+async fn perform<T, F>(app: &App, id: &str, purpose: Purpose, work: F) -> Result<T, ApiError>
 where
     T: Send + 'static,
     F: FnOnce(&Worker<'_>) -> Result<T, FileError> + Send + 'static,
 {
-    Ok(visit(app, id, Purpose::Use).await?.perform(work).await?)
+    Ok(visit(app, id, purpose).await?.perform(work).await?)
 }
 
 async fn info(
@@ -93,7 +93,7 @@ async fn info(
     query: Pairs,
 ) -> Result<impl IntoResponse, ApiError> {
     let paths = values(query, "path")?;
-    let infos = perform(&app, &id, move |worker| {
+    let infos = perform(&app, &id, Purpose::Use, move |worker| {
         let described = |path: String| worker.info(&path).map(|info| (path, FileInfoResponse::from(info)));
         paths.into_iter().map(described).collect::<Result<BTreeMap<_, _>, _>>()
     });
@@ -107,9 +107,9 @@ async fn search(
 ) -> Result<impl IntoResponse, ApiError> {
     let path = required(&query, "path")?;
     let pattern = value(&query, "pattern").filter(|pattern| !pattern.is_empty()).unwrap_or("**").to_owned();
-    let found = perform(&app, &id, move |worker| {
+    let found = perform(&app, &id, Purpose::Use, move |worker| {
         let mut list = List::new();
-        worker.search(&path, &pattern, &mut |info| list.push(info))?;
+        worker.search(&path, &pattern, &mut |info| list.push_info(info))?;
         Ok(list)
     });
     found.await
@@ -127,9 +127,9 @@ async fn list(
             text.parse().map_err(|_| OptionError::new("depth", format!("{text:?} is no number from 0 on")))?
         }
     };
-    let found = perform(&app, &id, move |worker| {
+    let found = perform(&app, &id, Purpose::Use, move |worker| {
         let mut list = List::new();
-        worker.list(&path, depth, &mut |info| list.push(info))?;
+        worker.list(&path, depth, &mut |info| list.push_info(info))?;
         Ok(list)
     });
     found.await
@@ -141,7 +141,7 @@ async fn remove_files(
     query: Pairs,
 ) -> Result<StatusCode, ApiError> {
     let paths = values(query, "path")?;
-    let removed = perform(&app, &id, move |worker| {
+    let removed = perform(&app, &id, Purpose::Change, move |worker| {
         paths.iter().try_for_each(|path| worker.check_remove_file(path))?;
         paths.iter().try_for_each(|path| worker.remove_file(path))
     });
@@ -154,8 +154,9 @@ async fn remove_directories(
     query: Pairs,
 ) -> Result<StatusCode, ApiError> {
     let paths = values(query, "path")?;
-    let removed =
-        perform(&app, &id, move |worker| paths.iter().try_for_each(|path| worker.remove_directory(path)));
+    let removed = perform(&app, &id, Purpose::Change, move |worker| {
+        paths.iter().try_for_each(|path| worker.remove_directory(path))
+    });
     removed.await.map(|()| StatusCode::OK)
 }
 
@@ -167,7 +168,7 @@ async fn relocate(
     find(&app, &id)?;
     let JsonList(moves) = JsonList::<MoveRequest>::from_request(request, &app).await?;
     check_batch(moves.len())?;
-    let moved = perform(&app, &id, move |worker| {
+    let moved = perform(&app, &id, Purpose::Change, move |worker| {
         moves.iter().try_for_each(|Object(MoveRequest { src, dest })| worker.check_relocate(src, dest))?;
         moves.iter().try_for_each(|Object(MoveRequest { src, dest })| worker.relocate(src, dest))
     });
@@ -180,7 +181,7 @@ async fn permit(
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let wanted = attributes_by_path(&app, &id, request).await?;
-    let permitted = perform(&app, &id, move |worker| {
+    let permitted = perform(&app, &id, Purpose::Change, move |worker| {
         wanted.iter().try_for_each(|(path, wanted)| worker.check_permit(path, wanted))?;
         wanted.iter().try_for_each(|(path, wanted)| worker.permit(path, wanted))
     });
@@ -193,7 +194,7 @@ async fn make_directories(
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let wanted = attributes_by_path(&app, &id, request).await?;
-    let made = perform(&app, &id, move |worker| {
+    let made = perform(&app, &id, Purpose::Change, move |worker| {
         wanted.iter().try_for_each(|(path, wanted)| worker.make_directory(path, wanted))
     });
     made.await.map(|()| StatusCode::OK)
@@ -220,7 +221,7 @@ async fn replace(
     find(&app, &id)?;
     let Json(wanted) = Json::<BTreeMap<String, Object<ReplaceRequest>>>::from_request(request, &app).await?;
     check_batch(wanted.len())?;
-    let replaced = perform(&app, &id, move |worker| {
+    let replaced = perform(&app, &id, Purpose::Change, move |worker| {
         wanted.iter().try_for_each(|(path, Object(wanted))| worker.check_replace(path, &wanted.old))?;
         let replaced = wanted.into_iter().map(|(path, Object(ReplaceRequest { old, new }))| {
             let replaced_count = worker.replace(&path, &old, &new)?;
@@ -327,25 +328,29 @@ fn decimal(mode: u32) -> u32 {
 }
 
 /// A JSON array, rendered as it grows, which takes the least memory.
-struct List(Vec<u8>);
+pub(super) struct List(Vec<u8>);
 
 impl List {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(vec![b'['])
     }
 
-    fn push(&mut self, info: FileInfo) -> Result<(), FileError> {
+    /// Adds one more; `path` is what it is about.
+    pub(super) fn push(&mut self, path: &str, item: &impl Serialize) -> Result<(), FileError> {
         if self.0.len() > 1 {
             self.0.push(b',');
         }
-        let path = info.path.clone();
-        serde_json::to_writer(&mut self.0, &FileInfoResponse::from(info))
-            .map_err(|error| FileError::Own(error.to_string()))?;
+        serde_json::to_writer(&mut self.0, item).map_err(|error| FileError::Own(error.to_string()))?;
         if self.0.len() > LIST_BYTES_MAX {
             let reason = format!("the answer would be larger than {LIST_BYTES_MAX} bytes; ask for less");
             return Err(FileError::refused(path, Class::TooLarge, reason));
         }
         Ok(())
+    }
+
+    fn push_info(&mut self, info: FileInfo) -> Result<(), FileError> {
+        let info = FileInfoResponse::from(info);
+        self.push(&info.path, &info)
     }
 }
 

@@ -23,8 +23,9 @@ pub fn routes() -> Router<App> {
 }
 
 async fn capabilities(State(app): State<App>) -> impl IntoResponse {
-    let has_filter = !app.registry.foundation().filter.program.is_empty();
-    axum::Json(CapabilitiesResponse::new(app.registry.report(), has_filter))
+    let foundation = app.registry.foundation();
+    let has_filter = !foundation.filter.program.is_empty();
+    axum::Json(CapabilitiesResponse::new(app.registry.report(), has_filter, foundation.ladder()))
 }
 
 async fn create(
@@ -51,7 +52,8 @@ async fn delete(State(app): State<App>, Path(id): Path<String>) -> Result<Status
     Ok(StatusCode::OK)
 }
 
-fn session_id(id: &str) -> Result<SessionId, ApiError> {
+/// The name of a session, as it is in a path.
+pub(super) fn session_id(id: &str) -> Result<SessionId, ApiError> {
     Uuid::parse_str(id).map(SessionId).map_err(|_| ApiError::NoSession(id.to_owned()))
 }
 

@@ -42,6 +42,23 @@ impl<T: DeserializeOwned> FromRequest<App> for JsonList<T> {
     }
 }
 
+/// A decoded body, where an empty one means that everything is as usual.
+#[derive(Debug)]
+pub struct OptionalJson<T>(pub T);
+
+impl<T: DeserializeOwned + Default> FromRequest<App> for OptionalJson<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let body = read(request, app).await?;
+        if body.iter().all(u8::is_ascii_whitespace) {
+            Ok(Self(T::default()))
+        } else {
+            decode(&body).map(Self)
+        }
+    }
+}
+
 async fn read(request: Request, app: &App) -> Result<Bytes, ApiError> {
     let bytes_max = app.registry.foundation().config.http.body_max_bytes;
     let body = Limited::new(request.into_body(), bytes_max).collect();

@@ -2,11 +2,12 @@
 //!
 //! [`server`] accepts connections, [`auth`], [`drain`] and [`trace`] wrap every route, [`isolated`] has the routes of
 //! isolated sessions, [`runs`] those of their runs, [`dto`] their bodies, [`events`] the stream of a run. [`files`] has the
-//! routes of their files; [`download`], [`upload`], [`archive`] and [`watch`] are those of them that stream. [`error`] is
+//! routes of their files; [`download`], [`upload`], [`archive`] and [`watch`] are those of them that stream. [`changes`] is about what they have changed. [`error`] is
 //! the only place that knows which failure is which status.
 
 mod archive;
 pub mod auth;
+mod changes;
 mod download;
 mod drain;
 pub mod dto;
@@ -44,6 +45,7 @@ pub fn router(app: App) -> Router {
         .merge(isolated::routes())
         .merge(runs::routes())
         .merge(files::routes())
+        .merge(changes::routes())
         .layer(from_fn_with_state(app.clone(), auth::require_token))
         // Whoever waits for execd to come up has no token yet.
         .route("/ping", get(ping))

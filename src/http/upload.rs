@@ -37,7 +37,7 @@ pub(super) async fn upload(
     query: Pairs,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
-    let visit = visit(&app, &id, Purpose::Use).await?;
+    let visit = visit(&app, &id, Purpose::Change).await?;
     let fsync = value(&query, "fsync") == Some("true");
     let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let boundary = multer::parse_boundary(content_type.unwrap_or_default()).map_err(broken)?;

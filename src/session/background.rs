@@ -181,6 +181,12 @@ impl Session {
         log_dir: Option<PathBuf>,
     ) -> Result<Arc<Run>, BackgroundError> {
         let inside = self.door.enter().await.ok_or_else(|| BackgroundError::Dead(self.reason()))?;
+        // It may be that nothing is to change for a while.
+        let mut shut = self.door.watch();
+        let _change = tokio::select! {
+            change = self.share_changes() => change,
+            _ = shut.wait_for(|shut| *shut) => return Err(BackgroundError::Dead(self.reason())),
+        };
         let slot = Arc::clone(&self.background.slots).try_acquire_owned();
         let slot = slot.map_err(|_| BackgroundError::TooMany(RUNNING_MAX))?;
         let state = self.shell_state().await;

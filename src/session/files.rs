@@ -1,6 +1,6 @@
 //! Work in a session's files, from outside of it: how it gets to threads of the session, and how it ends.
 
-use super::inside::Visit;
+use super::inside::{Inside, Visit};
 use super::session::Session;
 use crate::files::download::Pieces;
 use crate::files::{FileError, Worker};
@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{
+    OwnedRwLockReadGuard, OwnedRwLockWriteGuard, OwnedSemaphorePermit, RwLock, Semaphore, mpsc, watch,
+};
 
 /// Threads that work in the files of one session at once. A file system that hangs takes no more than these.
 const WORKERS_MAX: usize = 16;
@@ -28,6 +30,12 @@ pub enum FilesError {
     /// As many long works go on as may.
     #[error("{LONG_WORKERS_MAX} archives of this session are on their way already")]
     TooMany,
+    /// Somebody else is at it.
+    #[error("{0}")]
+    Busy(String),
+    /// This session, or this machine, does not offer it.
+    #[error("{0}")]
+    NotSupported(String),
     /// The files.
     #[error(transparent)]
     File(#[from] FileError),
@@ -38,6 +46,8 @@ pub enum FilesError {
 pub(super) struct Workers {
     short: Arc<Semaphore>,
     long: Arc<Semaphore>,
+    /// Held for reading by whoever changes files from outside, and for writing by whoever needs them to stay as they are.
+    changes: Arc<RwLock<()>>,
     /// Visits that keep the session from being idle.
     uses: AtomicUsize,
 }
@@ -47,6 +57,7 @@ impl Default for Workers {
         Self {
             short: Arc::new(Semaphore::new(WORKERS_MAX)),
             long: Arc::new(Semaphore::new(LONG_WORKERS_MAX)),
+            changes: Arc::default(),
             uses: AtomicUsize::new(0),
         }
     }
@@ -61,8 +72,10 @@ impl Workers {
 /// What somebody has come for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// The session is in use meanwhile.
+    /// To read; the session is in use meanwhile.
     Use,
+    /// To change something; the session is in use meanwhile, and nobody takes its files for something that stays.
+    Change,
     /// It is only looked at, and may be deleted for being idle.
     Watch,
 }
@@ -75,11 +88,13 @@ pub struct FilesVisit {
     inside: Visit,
     shut: watch::Receiver<bool>,
     purpose: Purpose,
+    /// Those who change files.
+    _change: Option<OwnedRwLockReadGuard<()>>,
 }
 
 impl Drop for FilesVisit {
     fn drop(&mut self) {
-        if self.purpose == Purpose::Use {
+        if self.purpose != Purpose::Watch {
             self.session.used();
             self.session.workers.uses.fetch_sub(1, Ordering::AcqRel);
         }
@@ -94,10 +109,34 @@ impl Session {
     pub async fn visit_files(self: &Arc<Self>, purpose: Purpose) -> Result<Arc<FilesVisit>, FilesError> {
         let shut = self.door.watch();
         let Some(inside) = self.door.enter().await else { return Err(FilesError::Dead(self.reason())) };
-        if purpose == Purpose::Use {
+        if purpose != Purpose::Watch {
             self.workers.uses.fetch_add(1, Ordering::AcqRel);
         }
-        Ok(Arc::new(FilesVisit { session: Arc::clone(self), inside, shut, purpose }))
+        let mut visit = FilesVisit { session: Arc::clone(self), inside, shut, purpose, _change: None };
+        if purpose == Purpose::Change {
+            let change = Arc::clone(&self.workers.changes).read_owned();
+            visit._change = Some(tokio::select! {
+                change = change => change,
+                () = visit.asked_to_leave() => return Err(visit.dead()),
+            });
+        }
+        Ok(Arc::new(visit))
+    }
+
+    /// Keeps the files as they are, as far as outsiders go, for as long as what is returned is held. Waits for those who
+    /// are at it.
+    pub(super) async fn hold_changes(&self) -> OwnedRwLockWriteGuard<()> {
+        Arc::clone(&self.workers.changes).write_owned().await
+    }
+
+    /// The same without waiting.
+    pub(super) fn try_hold_changes(&self) -> Option<OwnedRwLockWriteGuard<()>> {
+        Arc::clone(&self.workers.changes).try_write_owned().ok()
+    }
+
+    /// Changes files for as long as what is returned is held.
+    pub(super) async fn share_changes(&self) -> OwnedRwLockReadGuard<()> {
+        Arc::clone(&self.workers.changes).read_owned().await
     }
 }
 
@@ -202,6 +241,20 @@ impl FilesVisit {
         receiver
     }
 
+    pub(super) fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    /// What of the session is needed to work in it.
+    pub(super) fn inside(&self) -> &Inside {
+        &self.inside
+    }
+
+    /// Says when the session ends.
+    pub fn shut(&self) -> watch::Receiver<bool> {
+        self.shut.clone()
+    }
+
     /// What to say when the session ends meanwhile.
     pub fn dead(&self) -> FilesError {
         FilesError::Dead(self.session.reason())
@@ -224,7 +277,7 @@ pub enum Piece {
 }
 
 /// Tells a thread that nobody waits for it any more.
-struct GiveUp(Arc<AtomicBool>);
+pub(super) struct GiveUp(pub(super) Arc<AtomicBool>);
 
 impl Drop for GiveUp {
     fn drop(&mut self) {
@@ -237,11 +290,15 @@ impl Drop for GiveUp {
 ///
 /// # Errors
 /// `ConnectionAborted` when the session ends, `TimedOut`.
-pub fn wait_for_client<T>(visit: &FilesVisit, client: impl Future<Output = T>) -> std::io::Result<T> {
+pub fn wait_for_client<T>(
+    shut: &watch::Receiver<bool>,
+    client: impl Future<Output = T>,
+) -> std::io::Result<T> {
+    let mut shut = shut.clone();
     Handle::current().block_on(async {
         tokio::select! {
             biased;
-            () = visit.asked_to_leave() => Err(std::io::ErrorKind::ConnectionAborted.into()),
+            _ = shut.wait_for(|shut| *shut) => Err(std::io::ErrorKind::ConnectionAborted.into()),
             done = client => Ok(done),
             () = tokio::time::sleep(CLIENT_WAIT_MAX) => Err(std::io::ErrorKind::TimedOut.into()),
         }

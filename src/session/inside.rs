@@ -9,6 +9,8 @@ use super::dialect::Dialect;
 use crate::files::Tree;
 use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::launch::Sandbox;
+use crate::workspace::uppers::SessionUppers;
+use execd_init_shim::messages::MountStep;
 use std::sync::Arc;
 use tokio::sync::{OwnedRwLockReadGuard, RwLock, watch};
 
@@ -20,6 +22,10 @@ pub(super) struct Inside {
     pub(super) cgroup: Option<Arc<Cgroup>>,
     pub(super) dialect: Dialect,
     pub(super) files: Tree,
+    /// Those of its overlays, if it has any.
+    pub(super) uppers: Option<Arc<SessionUppers>>,
+    /// Mounts that can be replaced, in order; not those that others depend on.
+    pub(super) late_mounts: Vec<MountStep>,
 }
 
 /// Holds a session's sandbox in place.

@@ -37,7 +37,7 @@ impl Launchpad {
         let generation = self.launcher.generation();
         let (shell, sandbox, timings) = Shell::launch(&self.launcher, spec, cgroup.clone(), self.answer_max)?;
         guard.0 = None;
-        let resources = Resources { sandbox, cgroup, uppers: None };
+        let resources = Resources::new(sandbox, cgroup);
         Ok(Launched { shell, resources, generation, timings })
     }
 }

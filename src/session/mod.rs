@@ -5,7 +5,7 @@
 //! a caller may ask, [`prepare`] turns that into a sandbox spec, [`launchpad`] launches that, `spares` keeps some
 //! ready, [`probe`] finds out what the machine can do.
 //!
-//! Others come in through `inside`, above all those who work in its [`files`].
+//! Others come in through `inside`, above all those who work in its [`files`], and in its [`overlays`].
 //!
 //! The shell protocol lies in three modules: `dialect` is what is said, `shell_io` the descriptors it is
 //! said through, `shell` who says it when. `control` is the directory both sides share.
@@ -21,6 +21,7 @@ mod lines;
 pub mod log;
 mod oom;
 pub mod options;
+pub mod overlays;
 pub mod prepare;
 pub mod probe;
 mod process;

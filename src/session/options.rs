@@ -34,6 +34,19 @@ pub struct SessionOptions {
     pub uid_mode: UidMode,
     /// Idle time after which the session is deleted; `None` for never.
     pub idle_timeout: Option<Duration>,
+    /// What is to become of the uppers of its persistent overlays.
+    pub uppers: UpperOptions,
+}
+
+/// What is to become of the uppers of a session's persistent overlays, all together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct UpperOptions {
+    /// What they may hold; bytes, at most what is configured.
+    pub bytes_max: Option<u64>,
+    /// The same in files, directories and all else.
+    pub inodes_max: Option<u64>,
+    /// How long they are kept after the session's end.
+    pub retain: Duration,
 }
 
 /// A workspace as asked for.
@@ -144,6 +157,7 @@ impl SessionOptions {
             gid: None,
             uid_mode: UidMode::default(),
             idle_timeout: None,
+            uppers: UpperOptions::default(),
         }
     }
 
@@ -166,8 +180,8 @@ impl SessionOptions {
             if self.mounts.iter().skip(index + 1).any(|other| other.path == mount.path) {
                 return wrong("overlays", format!("{} is mounted twice", mount.path.display()));
             }
-            if mount.path == Path::new("/") && mount.mode != MountMode::ReadOnly {
-                return wrong("overlays", "the root can only be mounted ro".into());
+            if mount.path == Path::new("/") && mount.mode == MountMode::ReadWrite {
+                return wrong("overlays", "the root can only be mounted overlay or ro".into());
             }
         }
         for bind in &self.binds {

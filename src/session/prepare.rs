@@ -1,18 +1,20 @@
 //! From a validated request to the spec of a sandbox: resolves paths on the host, allocates uppers, filters
 //! the environment. Blocks on the file system.
 
-use super::options::{Mount, MountMode, OptionError, SessionOptions, UidMode};
+use super::options::{Mount, MountMode, OptionError, SessionOptions, UidMode, UpperOptions};
 use crate::config::Config;
 use crate::sandbox::environment;
 use crate::sandbox::profile::{self, Access, BindMount, Layout, Profile, Sizes, WorkspaceMount};
 use crate::sandbox::seccomp::Filter;
 use crate::sandbox::spec::{Namespaces, ROOT_CAPABILITIES, SandboxSpec};
+use crate::workspace::home::{EPHEMERAL_INODES_MAX, Limit, Tier};
 use crate::workspace::resolve::{self, ResolveError};
-use crate::workspace::uppers::{SessionUppers, Uppers};
+use crate::workspace::uppers::{Overlay, Rung, SessionUppers, Uppers, Wanted};
 use execd_init_shim::messages::{IdMap, MountStep, Network, Upper};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// Host name inside, as the original has it.
 const HOSTNAME: &str = "sandbox";
@@ -20,8 +22,6 @@ const HOSTNAME: &str = "sandbox";
 const OOM_SCORE_ADJ: i16 = 500;
 /// The control directory holds a run's code and input, each at most one request body, and has room to spare.
 const CONTROL_BODIES: u64 = 3;
-/// Inodes of an ephemeral upper.
-const EPHEMERAL_INODES_MAX: u64 = 1 << 20;
 
 /// What sessions are made from; the same for all of them.
 #[derive(Debug)]
@@ -36,13 +36,20 @@ pub struct Foundation {
     pub has_cgroups: bool,
 }
 
+impl Foundation {
+    /// Where uppers can lie.
+    pub fn ladder(&self) -> Vec<Rung> {
+        self.uppers.iter().flat_map(|uppers| uppers.ladder()).collect()
+    }
+}
+
 /// A spec, and what must live as long as its sandbox.
 #[derive(Debug)]
 pub struct Prepared {
     /// For [`crate::sandbox::launch::Sandbox::launch`].
     pub spec: SandboxSpec,
-    /// Removed when dropped.
-    pub uppers: Option<SessionUppers>,
+    /// Removed, or left to be kept, when dropped.
+    pub uppers: Option<Arc<SessionUppers>>,
     /// The request with paths as they were resolved, for the answer to "what did I create?".
     pub effective: SessionOptions,
 }
@@ -69,6 +76,9 @@ pub enum PrepareError {
         /// What they may.
         max: u64,
     },
+    /// What was asked of the uppers cannot be had on this machine.
+    #[error("{0}")]
+    NotSupported(String),
     /// The file system refused.
     #[error("no upper can be allocated")]
     Upper(#[source] io::Error),
@@ -80,15 +90,16 @@ pub enum PrepareError {
 /// See [`PrepareError`]; directories made for missing workspaces stay.
 pub fn prepare(
     foundation: &Foundation,
-    name: &str,
+    id: Uuid,
     options: &SessionOptions,
 ) -> Result<Prepared, PrepareError> {
     options.check()?;
     let mut effective = options.clone();
     let binds = resolve_binds(foundation, &mut effective)?;
     let (uid, gid) = ids(options);
-    let mut uppers = None;
-    let workspaces = resolve_workspaces(foundation, name, options, &mut uppers)?;
+    let resolved = resolve_workspaces(foundation, options)?;
+    let uppers = begin_uppers(foundation, id, options, &resolved)?;
+    let workspaces = mount_workspaces(foundation, options, resolved, uppers.as_deref())?;
     let cwd = workspaces.first().map_or_else(|| PathBuf::from("/"), |mount| mount.dest.clone());
     let layout = Layout {
         profile: options.profile,
@@ -96,6 +107,7 @@ pub fn prepare(
         binds,
         hidden: foundation.uppers.iter().map(|uppers| uppers.root().to_path_buf()).collect(),
         resolver: if options.share_net { resolve::resolver() } else { None },
+        submounts: if has_root_overlay(options) { resolve::submounts() } else { Vec::new() },
         sizes: sizes(&foundation.config),
     };
     let mounts = profile::mounts(&layout);
@@ -137,6 +149,7 @@ fn split(mounts: Vec<MountStep>, layout: Layout) -> (Vec<MountStep>, Vec<MountSt
     let base = profile::mounts(&Layout {
         workspaces: Vec::new(),
         binds: Vec::new(),
+        submounts: Vec::new(),
         // Whoever writes it replaces it, so it has to be fresh.
         resolver: None,
         ..layout
@@ -195,12 +208,18 @@ fn resolve_binds(
     Ok(binds)
 }
 
+fn has_root_overlay(options: &SessionOptions) -> bool {
+    options
+        .mounts
+        .iter()
+        .any(|mount| mount.path == Path::new("/") && matches!(mount.mode, MountMode::Overlay { .. }))
+}
+
+/// Sources and destinations of the workspaces, in the order of the request.
 fn resolve_workspaces(
     foundation: &Foundation,
-    name: &str,
     options: &SessionOptions,
-    uppers: &mut Option<SessionUppers>,
-) -> Result<Vec<WorkspaceMount>, PrepareError> {
+) -> Result<Vec<(PathBuf, PathBuf)>, PrepareError> {
     let (uid, gid) = ids(options);
     let owner = match options.uid_mode {
         UidMode::Setpriv => Some((uid, gid)),
@@ -221,18 +240,86 @@ fn resolve_workspaces(
         }
         sources.push((source, dest));
     }
+    Ok(sources)
+}
+
+fn mount_workspaces(
+    foundation: &Foundation,
+    options: &SessionOptions,
+    resolved: Vec<(PathBuf, PathBuf)>,
+    uppers: Option<&SessionUppers>,
+) -> Result<Vec<WorkspaceMount>, PrepareError> {
     let mut mounts = Vec::new();
-    for (mount, (source, dest)) in options.mounts.iter().zip(sources) {
-        let access = match mount.mode {
-            MountMode::ReadWrite => Access::ReadWrite,
-            MountMode::ReadOnly => Access::ReadOnly,
-            MountMode::Overlay { persist } => {
-                Access::Overlay(upper(foundation, name, persist, &source, uppers)?)
+    for (mount, (source, dest)) in options.mounts.iter().zip(resolved) {
+        let access = match (mount.mode, uppers) {
+            (MountMode::ReadWrite, _) => Access::ReadWrite,
+            (MountMode::ReadOnly, _) => Access::ReadOnly,
+            (MountMode::Overlay { persist }, Some(uppers)) => {
+                let overlay = Overlay { dest: &dest, lower: &source, persist };
+                Access::Overlay(uppers.allocate(&overlay).map_err(PrepareError::Upper)?)
             }
+            (MountMode::Overlay { .. }, None) => Access::Overlay(Upper::Tmpfs {
+                bytes_max: foundation.config.sizes.ephemeral_upper_max_bytes,
+                inodes_max: EPHEMERAL_INODES_MAX,
+            }),
         };
         mounts.push(WorkspaceMount { dest, source, access });
     }
     Ok(mounts)
+}
+
+/// The uppers of a session that has overlays.
+fn begin_uppers(
+    foundation: &Foundation,
+    id: Uuid,
+    options: &SessionOptions,
+    resolved: &[(PathBuf, PathBuf)],
+) -> Result<Option<Arc<SessionUppers>>, PrepareError> {
+    if has_root_overlay(options) && options.uid_mode == UidMode::Userns {
+        // In a user namespace the kernel keeps the mounts on the root where they are, and overlayfs shows none.
+        let reason = "the root cannot be an overlay in a user namespace";
+        return Err(PrepareError::NotSupported(reason.into()));
+    }
+    let Some(uppers) = &foundation.uppers else { return Ok(None) };
+    let persists = |mount: &Mount| mount.mode == MountMode::Overlay { persist: true };
+    let persistent = options.mounts.iter().zip(resolved).filter(|(mount, _)| persists(mount));
+    let lowers: Vec<&Path> = persistent.map(|(_, (source, _))| source.as_path()).collect();
+    let wanted = Wanted {
+        limit: limit(options, uppers.limit())?,
+        retain: options.uppers.retain,
+        lowers: &lowers,
+        userns: options.uid_mode == UidMode::Userns,
+    };
+    if !lowers.is_empty() {
+        let max = foundation.config.upper_max_bytes;
+        if max > 0 && uppers.used_bytes() >= max {
+            return Err(PrepareError::UppersFull { used: uppers.used_bytes(), max });
+        }
+        if !wanted.retain.is_zero() && uppers.tier(&wanted) == Tier::Memory {
+            let reason = "uppers of such a session are in memory on this machine and cannot be retained";
+            return Err(PrepareError::NotSupported(reason.into()));
+        }
+    }
+    let has_overlay = options.mounts.iter().any(|mount| matches!(mount.mode, MountMode::Overlay { .. }));
+    Ok(has_overlay.then(|| uppers.session(id, &wanted)))
+}
+
+/// The limit a request asks for, which must not be beyond the configured one.
+fn limit(options: &SessionOptions, configured: Limit) -> Result<Option<Limit>, OptionError> {
+    let UpperOptions { bytes_max, inodes_max, .. } = options.uppers;
+    if bytes_max.is_none() && inodes_max.is_none() {
+        return Ok(None);
+    }
+    let within = |field, asked: Option<u64>, configured: u64| match asked {
+        Some(asked) if configured > 0 && asked > configured => {
+            Err(OptionError::new(field, format!("must be at most {configured}")))
+        }
+        asked => Ok(asked.unwrap_or(configured)),
+    };
+    Ok(Some(Limit {
+        bytes: within("persist.max_bytes", bytes_max, configured.bytes)?,
+        inodes: within("persist.max_inodes", inodes_max, configured.inodes)?,
+    }))
 }
 
 /// What a workspace must not be, whatever links led there: the sandbox's own places would be the host's, the root would
@@ -249,42 +336,14 @@ fn check_workspace(
     if profile::is_reserved(source) || profile::is_reserved(dest) {
         return wrong("leads to one of the sandbox's own places");
     }
-    if source == root && (dest != root || mount.mode != MountMode::ReadOnly) {
-        return wrong("leads to the root, which can only be mounted ro and in its place");
+    let is_root_overlay = mount.path == root && mount.mode != MountMode::ReadWrite;
+    if source == root && (dest != root || !(is_root_overlay || mount.mode == MountMode::ReadOnly)) {
+        return wrong("leads to the root, which can only be mounted ro, or overlay by its own name");
     }
     if foundation.uppers.as_ref().is_some_and(|uppers| source.starts_with(uppers.root())) {
         return wrong("lies inside execd's own upper_root");
     }
     Ok(())
-}
-
-fn upper(
-    foundation: &Foundation,
-    name: &str,
-    persist: bool,
-    lower: &Path,
-    session: &mut Option<SessionUppers>,
-) -> Result<Upper, PrepareError> {
-    let max = foundation.config.upper_max_bytes;
-    match foundation.uppers.as_ref().filter(|uppers| persist && uppers.usable()) {
-        Some(uppers) if max > 0 && uppers.used_bytes() >= max => {
-            Err(PrepareError::UppersFull { used: uppers.used_bytes(), max })
-        }
-        Some(uppers) => {
-            let mut of_session = match session.take() {
-                Some(started) => started,
-                None => uppers.session(name).map_err(PrepareError::Upper)?,
-            };
-            let paths = of_session.allocate(lower);
-            *session = Some(of_session);
-            let paths = paths.map_err(PrepareError::Upper)?;
-            Ok(Upper::Directory { upper: paths.upper, work: paths.work })
-        }
-        None => Ok(Upper::Tmpfs {
-            bytes_max: foundation.config.sizes.ephemeral_upper_max_bytes,
-            inodes_max: EPHEMERAL_INODES_MAX,
-        }),
-    }
 }
 
 /// The root is read-only, so a bind's destination has to exist, or lie where a mount before it can be written.

@@ -9,6 +9,7 @@ use crate::sandbox::launcher::Launcher;
 use rustix::fd::AsFd;
 use std::fs::File;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// The unprivileged id that a switch of identity is tried with (nobody).
 const OTHER_ID: u32 = 65534;
@@ -119,11 +120,9 @@ fn persistent_overlay(
     options: &SessionOptions,
 ) -> Result<(), String> {
     let uppers = foundation.uppers.as_ref().ok_or("upper_root is not in use")?;
-    if !uppers.usable() {
-        return Err(format!(
-            "{} is on overlayfs, which cannot hold an upper; overlays use memory instead (mount a volume there)",
-            uppers.root().display()
-        ));
+    let [image, directory, _] = uppers.ladder();
+    if let (false, Some(reason)) = (image.available, directory.reason) {
+        return Err(format!("overlays use memory instead: {reason}"));
     }
     let lower = Mount { path: "/usr".into(), mode: MountMode::Overlay { persist: true } };
     attempt(launcher, foundation, &SessionOptions { mounts: vec![lower], ..options.clone() })
@@ -131,8 +130,7 @@ fn persistent_overlay(
 
 /// One throw-away sandbox.
 fn attempt(launcher: &Launcher, foundation: &Foundation, options: &SessionOptions) -> Result<(), String> {
-    let name = format!("probe-{}", uuid::Uuid::new_v4());
-    let prepared = prepare(foundation, &name, options).map_err(|error| error.to_string())?;
+    let prepared = prepare(foundation, Uuid::new_v4(), options).map_err(|error| with_cause(&error))?;
     let null = File::open("/dev/null").map_err(|error| format!("open /dev/null: {error}"))?;
     let start = ProgramStart { commands: Vec::new(), streams: [null.as_fd(); 3], cgroup: None };
     let outcome = Sandbox::launch(launcher, prepared.spec, None, start).and_then(|(sandbox, program)| {
@@ -146,6 +144,10 @@ fn attempt(launcher: &Launcher, foundation: &Foundation, options: &SessionOption
         Ok(status) => Err(format!("the trial program ended with {status:?}")),
         Err(error) => Err(explain(&error)),
     }
+}
+
+fn with_cause(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }
 
 /// The failure, and for those that have a common cause, the remedy.

@@ -1,7 +1,7 @@
 //! All sessions of this execd.
 
 use super::background::Background;
-use super::files::Workers;
+use super::files::{FilesError, Purpose, Workers};
 use super::inside::Door;
 use super::launchpad::{Launched, Launchpad};
 use super::oom::{self, OomWatch};
@@ -14,9 +14,12 @@ use super::shell::ShellError;
 use super::spares::Spares;
 use super::state::State;
 use super::task::Task;
+use crate::files::FileError;
 use crate::sandbox::spec::SandboxSpec;
 use crate::session::options::UidMode;
 use crate::session::probe::Feature;
+use crate::workspace::uppers::SessionUppers;
+use execd_init_shim::messages::MountStep;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,6 +31,9 @@ use uuid::Uuid;
 
 /// How long a delete waits for the session's task.
 const DELETE_WAIT_MAX: Duration = Duration::from_secs(15);
+
+/// Between two looks for sessions that hold more than they may.
+const EXCESS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// All sessions, and what they are made from.
 #[derive(Debug)]
@@ -67,9 +73,23 @@ pub enum CreateError {
     /// The sandbox or its shell.
     #[error(transparent)]
     Shell(#[from] ShellError),
+    /// The copy of another session's changes.
+    #[error("copy the changes")]
+    Copy(#[source] FileError),
     /// The daemon's own side.
     #[error("create the session")]
     Io(#[from] std::io::Error),
+}
+
+/// Why a session is not forked.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// The session that is to be copied.
+    #[error(transparent)]
+    Source(#[from] FilesError),
+    /// The copy.
+    #[error(transparent)]
+    Create(#[from] CreateError),
 }
 
 /// Why a session is not deleted.
@@ -124,6 +144,22 @@ impl Registry {
         }
     }
 
+    /// Keeps sessions from writing that hold more than they may, where the kernel does not; ends with the registry.
+    pub async fn watch_uppers(registry: Weak<Self>) {
+        while let Some(registry) = registry.upgrade() {
+            let uppers = registry.foundation.uppers.clone();
+            let total_max = registry.foundation.config.upper_max_bytes;
+            let excesses = uppers.map(|uppers| uppers.excesses(total_max)).unwrap_or_default();
+            for (id, excess) in excesses {
+                if let Some(session) = registry.get(SessionId(id)) {
+                    session.seal(excess.to_string()).await;
+                }
+            }
+            drop(registry);
+            tokio::time::sleep(EXCESS_INTERVAL).await;
+        }
+    }
+
     pub(super) fn oom_struck_since(&self, then: std::time::Instant) -> bool {
         self.oom.struck_since(then)
     }
@@ -143,13 +179,45 @@ impl Registry {
     /// # Errors
     /// See [`CreateError`]; nothing is left behind.
     pub async fn create(self: &Arc<Self>, options: SessionOptions) -> Result<Arc<Session>, CreateError> {
+        self.create_from(options, None).await
+    }
+
+    /// Creates a session like another one, whose overlays begin as that one has left them.
+    ///
+    /// # Errors
+    /// See [`ForkError`]; nothing is left behind.
+    pub async fn fork(
+        self: &Arc<Self>,
+        source: &Arc<Session>,
+        wait: bool,
+    ) -> Result<Arc<Session>, ForkError> {
+        let visit = source.visit_files(Purpose::Use).await?;
+        let uppers = visit.inside().uppers.clone();
+        let uppers = uppers.ok_or_else(|| FilesError::NotSupported("the session has no overlays".into()))?;
+        if !uppers.are_reachable() {
+            let reason = "the uppers of this session lie in its own user namespace, out of reach";
+            return Err(FilesError::NotSupported(reason.into()).into());
+        }
+        // It stays as it is until the copy is complete.
+        let alone = source.be_alone(&visit, wait, false).await?;
+        let created = self.create_from(source.options.clone(), Some(uppers)).await;
+        drop(alone);
+        Ok(created?)
+    }
+
+    async fn create_from(
+        self: &Arc<Self>,
+        options: SessionOptions,
+        source: Option<Arc<SessionUppers>>,
+    ) -> Result<Arc<Session>, CreateError> {
         self.check_supported(&options)?;
         let place = self.take_place()?;
         let id = SessionId(Uuid::new_v4());
         let registry = Arc::clone(self);
         let built = tokio::task::spawn_blocking(move || {
-            let built = registry.build(id, &options);
+            let built = registry.build(id, &options, source.as_deref());
             registry.spares.refill();
+            registry.foundation.uppers.iter().for_each(|uppers| uppers.refill());
             built
         });
         let built = built.await;
@@ -234,10 +302,19 @@ impl Registry {
         if taken < max { Ok(place) } else { Err(CreateError::TooMany(max)) }
     }
 
-    fn build(&self, id: SessionId, options: &SessionOptions) -> Result<Built, CreateError> {
+    fn build(
+        &self,
+        id: SessionId,
+        options: &SessionOptions,
+        source: Option<&SessionUppers>,
+    ) -> Result<Built, CreateError> {
         let name = id.to_string();
-        let Prepared { spec, uppers, effective } = prepare(&self.foundation, &name, options)?;
+        let Prepared { spec, uppers, effective } = prepare(&self.foundation, id.0, options)?;
+        if let (Some(uppers), Some(source)) = (&uppers, source) {
+            uppers.fill_from(source).map_err(CreateError::Copy)?;
+        }
         let workspace = spec.cwd.clone();
+        let late_mounts = spec.late_mounts.clone();
         let spare = self.build_from_spare(&spec);
         let from_spare = spare.is_some();
         let mut launched = match spare {
@@ -255,7 +332,7 @@ impl Registry {
             ready_us = timings.ready_us,
             "session created"
         );
-        Ok(Built { launched, effective, workspace })
+        Ok(Built { launched, effective, workspace, late_mounts })
     }
 
     /// Makes a session of a spare. One that fails is no reason to fail: the spare may have been hurt while it waited.
@@ -285,8 +362,8 @@ impl Registry {
         built: Built,
         place: Place,
     ) -> Result<Arc<Session>, CreateError> {
-        let Built { launched: Launched { mut shell, resources, generation, .. }, effective, workspace } =
-            built;
+        let Built { launched, effective, workspace, late_mounts } = built;
+        let Launched { mut shell, resources, generation, .. } = launched;
         shell.io = shell.io.register()?;
         let config = self.foundation.config.session.clone();
         let (queue, queue_receiver) = mpsc::channel(config.waiting_runs_max);
@@ -294,8 +371,13 @@ impl Registry {
         let (stop, stop_receiver) = watch::channel(false);
         let (alive, gone) = watch::channel(());
         let now = SystemTime::now();
-        let life =
-            Life { state: State::Active, last_run_at: now, idle_since: Instant::now(), running: false };
+        let life = Life {
+            state: State::Active,
+            last_run_at: now,
+            idle_since: Instant::now(),
+            running: false,
+            sealed: None,
+        };
         let session = Arc::new(Session {
             id,
             options: effective.clone(),
@@ -306,10 +388,11 @@ impl Registry {
             run_buffer_bytes_max: config.run_buffer_max_bytes,
             queue,
             background: Background::new(asks),
-            door: Door::new(shell.inside(workspace)),
+            door: Door::new(shell.inside(workspace, resources.uppers.clone(), late_mounts)),
             workers: Workers::default(),
             stop,
             life: Mutex::new(life),
+            uppers: resources.uppers.as_ref().map(Arc::downgrade).unwrap_or_default(),
         });
         let task = Task {
             session: Arc::clone(&session),
@@ -342,6 +425,8 @@ struct Built {
     effective: SessionOptions,
     /// Where relative paths begin.
     workspace: PathBuf,
+    /// What was attached last.
+    late_mounts: Vec<MountStep>,
 }
 
 async fn wait_gone(mut gone: watch::Receiver<()>, timeout: Duration) -> Result<(), DeleteError> {

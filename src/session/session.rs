@@ -3,10 +3,13 @@
 use super::background::Background;
 use super::files::Workers;
 use super::inside::Door;
-use super::options::SessionOptions;
+use super::options::{Mount, MountMode, SessionOptions};
 use super::registry::Registry;
 use super::run::{Attachment, End, Queued, Run, RunSpec, Runs};
 use super::state::State;
+use super::task::Order;
+use crate::workspace::home::{Limit, Tier, Usage};
+use crate::workspace::uppers::SessionUppers;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
@@ -40,12 +43,27 @@ pub struct Session {
     pub runs: Runs,
     /// What output of a run is kept for those who read it later; bytes.
     pub(super) run_buffer_bytes_max: usize,
-    pub(super) queue: mpsc::Sender<Queued>,
+    pub(super) queue: mpsc::Sender<Order>,
     pub(super) background: Background,
     pub(super) door: Door,
     pub(super) workers: Workers,
     pub(super) stop: watch::Sender<bool>,
     pub(super) life: Mutex<Life>,
+    /// To be asked about; others hold them.
+    pub(super) uppers: Weak<SessionUppers>,
+}
+
+/// Where the changes of a session lie.
+#[derive(Debug, Clone)]
+pub struct UppersInfo {
+    /// In what.
+    pub tier: Tier,
+    /// What they may take.
+    pub limit: Limit,
+    /// What they took some seconds ago.
+    pub used: Usage,
+    /// Why nothing can be written any more.
+    pub sealed: Option<String>,
 }
 
 #[derive(Debug)]
@@ -54,6 +72,8 @@ pub(super) struct Life {
     pub(super) last_run_at: SystemTime,
     pub(super) idle_since: Instant,
     pub(super) running: bool,
+    /// Why its overlays are read-only by now.
+    pub(super) sealed: Option<String>,
 }
 
 /// What a shell says of a command that SIGKILL ended.
@@ -78,7 +98,7 @@ impl Session {
     pub fn run(&self, spec: RunSpec) -> Result<Attachment, RunRefused> {
         let run = Run::foreground(&spec, self.run_buffer_bytes_max);
         let attachment = run.attach(0);
-        match self.queue.try_send(Queued { spec, run: std::sync::Arc::clone(&run) }) {
+        match self.queue.try_send(Order::Run(Queued { spec, run: std::sync::Arc::clone(&run) })) {
             Ok(()) => {
                 self.runs.add(run, self.run_buffer_bytes_max);
                 Ok(attachment)
@@ -142,6 +162,35 @@ impl Session {
         life.running = false;
         life.last_run_at = SystemTime::now();
         life.idle_since = Instant::now();
+    }
+
+    /// Where the changes of its persistent overlays lie; `None` for a session without.
+    pub fn uppers_info(&self) -> Option<UppersInfo> {
+        let is_persistent = |mount: &Mount| mount.mode == MountMode::Overlay { persist: true };
+        if !self.options.mounts.iter().any(is_persistent) {
+            return None;
+        }
+        let uppers = self.uppers.upgrade()?;
+        let sealed = self.life().sealed.clone();
+        Some(UppersInfo {
+            tier: uppers.tier(),
+            limit: uppers.limit_of_session(),
+            used: uppers.used(),
+            sealed,
+        })
+    }
+
+    pub(super) fn is_sealed(&self) -> bool {
+        self.life().sealed.is_some()
+    }
+
+    pub(super) fn note_sealed(&self, why: String) {
+        self.life().sealed = Some(why);
+    }
+
+    /// Whether a run goes on, or waits.
+    pub(super) fn is_running(&self) -> bool {
+        self.life().running || self.queue.capacity() < self.queue.max_capacity()
     }
 
     /// Whether something goes on beside the shell that keeps it from being idle.

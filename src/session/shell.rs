@@ -23,7 +23,8 @@ use crate::sandbox::cgroup::{Cgroup, CpuTime};
 use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox, Started};
 use crate::sandbox::launcher::Launcher;
 use crate::sandbox::spec::SandboxSpec;
-use execd_init_shim::messages::ExitStatus;
+use crate::workspace::uppers::SessionUppers;
+use execd_init_shim::messages::{ExitStatus, MountStep};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use std::io;
@@ -363,6 +364,16 @@ impl Shell {
         self.members().iter().all(|pid| *pid == self.process.pid)
     }
 
+    /// The shell's own process, as the daemon numbers it.
+    pub(super) fn pid(&self) -> i32 {
+        self.process.pid
+    }
+
+    /// Whether earlier runs have left processes that no cgroup holds together.
+    pub(super) fn has_stragglers(&self) -> bool {
+        self.process.leaf.is_none() && !self.runs_alone()
+    }
+
     /// The processes of the run.
     fn members(&self) -> Vec<i32> {
         match &self.process.leaf {
@@ -433,13 +444,20 @@ impl Shell {
     }
 
     /// What is needed to work beside the shell; relative paths begin at `workspace`.
-    pub(super) fn inside(&self, workspace: PathBuf) -> Inside {
+    pub(super) fn inside(
+        &self,
+        workspace: PathBuf,
+        uppers: Option<Arc<SessionUppers>>,
+        late_mounts: Vec<MountStep>,
+    ) -> Inside {
         Inside {
             sandbox: Arc::clone(&self.sandbox),
             control: Arc::clone(self.io.control()),
             cgroup: self.cgroup.clone(),
             dialect: self.process.dialect,
             files: Tree::new(Arc::clone(&self.sandbox), workspace),
+            uppers,
+            late_mounts,
         }
     }
 

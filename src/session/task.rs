@@ -14,7 +14,7 @@ use crate::workspace::uppers::SessionUppers;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 /// How long the processes of a sandbox may take to be gone.
@@ -44,7 +44,15 @@ pub(super) struct Resources {
     pub(super) sandbox: Arc<Sandbox>,
     pub(super) cgroup: Option<Arc<Cgroup>>,
     /// Only held, to be removed last.
-    pub(super) uppers: Option<SessionUppers>,
+    pub(super) uppers: Option<Arc<SessionUppers>>,
+    /// Dropped after the sandbox.
+    released: Option<std::sync::mpsc::Sender<()>>,
+}
+
+impl Resources {
+    pub(super) fn new(sandbox: Arc<Sandbox>, cgroup: Option<Arc<Cgroup>>) -> Self {
+        Self { sandbox, cgroup, uppers: None, released: None }
+    }
 }
 
 impl Drop for Resources {
@@ -55,6 +63,24 @@ impl Drop for Resources {
         if let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.remove()) {
             tracing::error!(%error, "the cgroup of a session could not be removed");
         }
+        if let Some(uppers) = &self.uppers {
+            let (released, is_released) = std::sync::mpsc::channel();
+            uppers.drop_before(LastHolder { is_released, _sandbox: Arc::clone(&self.sandbox) });
+            self.released = Some(released);
+        }
+    }
+}
+
+/// Outlasts everybody else who holds a sandbox, and so is the one who waits for its mounts to go.
+struct LastHolder {
+    is_released: std::sync::mpsc::Receiver<()>,
+    _sandbox: Arc<Sandbox>,
+}
+
+impl Drop for LastHolder {
+    fn drop(&mut self) {
+        // Nothing is ever sent.
+        let _ = self.is_released.recv();
     }
 }
 
@@ -65,16 +91,48 @@ pub(super) struct Task {
     pub(super) options: SessionOptions,
     pub(super) shell: Option<Shell>,
     pub(super) resources: Option<Resources>,
-    pub(super) queue: mpsc::Receiver<Queued>,
+    pub(super) queue: mpsc::Receiver<Order>,
     pub(super) asks: mpsc::Receiver<Ask>,
     pub(super) stop: watch::Receiver<bool>,
     /// When the shell is to be asked next where it is.
     pub(super) ask_at: Option<Instant>,
 }
 
+/// What the task is asked to do, one after the other.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// Run code.
+    Run(Queued),
+    /// Do nothing for a while.
+    Rest {
+        /// Told when that begins.
+        answer: oneshot::Sender<Rest>,
+        /// The shell is to be replaced then, and to go on where it is now.
+        renews: bool,
+    },
+}
+
+/// As long as this is held, the session's shell runs nothing.
+#[derive(Debug)]
+pub(super) struct Rest {
+    /// Whether there are processes besides the idle shell that cannot be held up.
+    pub(super) has_stragglers: bool,
+    /// The shell's process, as the daemon numbers it.
+    pub(super) shell: i32,
+    over: oneshot::Sender<()>,
+}
+
+impl Rest {
+    /// Ends it, and has the shell replaced.
+    pub(super) fn renew_shell(self) {
+        // It fails only when the session ends.
+        let _ = self.over.send(());
+    }
+}
+
 /// What the task turns to next.
 enum Next {
-    Run(Queued),
+    Order(Order),
     Ask(Ask),
     AskYourself,
     Attend(io::Result<()>),
@@ -145,7 +203,7 @@ impl Task {
             let next = tokio::select! {
                 biased;
                 () = told_to(&mut self.stop) => Next::End,
-                queued = self.queue.recv() => queued.map_or(Next::End, Next::Run),
+                order = self.queue.recv() => order.map_or(Next::End, Next::Order),
                 Some(ask) = self.asks.recv() => Next::Ask(ask),
                 waited = shell.io.wait() => Next::Attend(waited),
                 () = self.session.background.attention.notified() => Next::Look,
@@ -154,7 +212,11 @@ impl Task {
             };
             let failed = match next {
                 Next::End => return None,
-                Next::Run(queued) => self.run(queued).await.err(),
+                Next::Order(Order::Run(queued)) => self.run(queued).await.err(),
+                Next::Order(Order::Rest { answer, renews }) => match self.rest(answer, renews).await {
+                    Ok(()) => self.attend().await,
+                    Err(error) => Some(error),
+                },
                 Next::Ask(ask) => {
                     self.ask_shell().await;
                     let _ = ask.send(());
@@ -207,9 +269,43 @@ impl Task {
         }
     }
 
+    /// Lets somebody else work on the session's files alone.
+    async fn rest(&mut self, answer: oneshot::Sender<Rest>, renews: bool) -> Result<(), String> {
+        if renews {
+            // What it says is found by the one that takes over.
+            self.question_shell().await;
+        }
+        let Some(shell) = &self.shell else { return Err("it has no shell".into()) };
+        let (over, mut is_over) = oneshot::channel();
+        let rest = Rest { has_stragglers: shell.has_stragglers(), shell: shell.pid(), over };
+        if answer.send(rest).is_err() {
+            return Ok(());
+        }
+        loop {
+            tokio::select! {
+                biased;
+                () = told_to(&mut self.stop) => return Ok(()),
+                renew = &mut is_over => {
+                    return if renew.is_ok() { self.replace_shell().await } else { Ok(()) };
+                }
+                Some(ask) = self.asks.recv() => drop(ask.send(())),
+            }
+        }
+    }
+
     /// Has the idle shell say where it is.
     async fn ask_shell(&mut self) {
         self.ask_at = None;
+        self.question_shell().await;
+        let Some(shell) = &mut self.shell else { return };
+        if let Some(known) = shell.asked() {
+            self.session.background.note_state(known);
+        }
+        shell.note_cpu();
+    }
+
+    /// Has the idle shell write down where it is.
+    async fn question_shell(&mut self) {
         let Some(shell) = &mut self.shell else { return };
         let token = shell.begin_ask();
         let deadline = Instant::now() + ASK_MAX;
@@ -219,10 +315,6 @@ impl Task {
             }
         }
         tell_ends(shell, &self.session);
-        if let Some(known) = shell.asked() {
-            self.session.background.note_state(known);
-        }
-        shell.note_cpu();
     }
 
     /// One run, from code to report. An error means the session cannot go on.
@@ -322,8 +414,12 @@ impl Task {
 
     /// Ends everything inside and waits until nothing is left.
     async fn release(&mut self) {
-        while let Ok(queued) = self.queue.try_recv() {
-            drop(queued);
+        while let Ok(order) = self.queue.try_recv() {
+            drop(order);
+        }
+        // What nobody wants is not written out first.
+        if let Some(uppers) = self.resources.as_ref().and_then(|resources| resources.uppers.as_ref()) {
+            uppers.abandon();
         }
         // First of all: whatever is being started in it ends with it, and is not waited for.
         if let Some(resources) = &self.resources {
