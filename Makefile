@@ -37,4 +37,4 @@ release: ## the release binary, static where possible
 	@scripts/release
 
 bench: ## measure the release binary and print medians
-	env $$(scripts/bench-setup) scripts/release bench --bench isolation --bench runs --bench files
+	env $$(scripts/bench-setup) scripts/release bench --bench isolation --bench runs --bench files --bench workspaces

@@ -182,7 +182,7 @@ fn step(random: &mut Random) -> Step {
 type Look = BTreeMap<String, (String, i64, String)>;
 
 fn look(session: &Session<'_>) -> Look {
-    let code = "find . -mindepth 1 -printf '%p|%y %m %U %G %l|%Ts|%i|%n\\n'; echo; \
+    let code = "find . -mindepth 1 -printf '%p|%y %m %U %G %l|%Ts|%D:%i|%n\\n'; echo; \
                 find . -type f -size +0 -exec sha256sum {} + 2>/dev/null; true";
     let run = session.run(code);
     let text = run.stdout();

@@ -14,6 +14,11 @@ use std::path::PathBuf;
 /// How many a daemon keeps by default.
 const SPARES: usize = 2;
 
+/// A daemon whose mounts nobody else changes: other tests mount things, and that would throw its spares away.
+fn undisturbed() -> Setup {
+    Setup::new().wrapper(&["unshare", "--mount"])
+}
+
 /// Waits until a daemon with this many sessions, each an init and an idle shell, has all its spares.
 fn spares_are_ready(daemon: &Daemon, sessions: usize) {
     eventually("the spares are ready", || {
@@ -57,8 +62,8 @@ echo "${BASH_SOURCE[@]}" "$LINENO"; kill -l | wc -l; cat /proc/self/oom_score_ad
 
 #[test]
 fn a_session_made_of_a_spare_is_like_any_other() {
-    let Some(fresh) = Setup::new().setting("session.spares = 0").start() else { return };
-    let Some(daemon) = Setup::new().start() else { return };
+    let Some(fresh) = undisturbed().setting("session.spares = 0").start() else { return };
+    let Some(daemon) = undisturbed().start() else { return };
     let body = |daemon: &Daemon| {
         let (one, deep) = (daemon.folder("one"), daemon.folder("one/deep it's"));
         json!({
@@ -128,7 +133,7 @@ fn spares_do_not_outlive_a_change_of_the_hosts_mounts() {
 
 #[test]
 fn spares_become_of_the_kind_that_is_asked_for() {
-    let Some(daemon) = Setup::new().start() else { return };
+    let Some(daemon) = undisturbed().start() else { return };
     let folder = daemon.folder("w");
     let plain = workspace(&folder, "overlay");
     let mut other = workspace(&folder, "overlay");
@@ -154,7 +159,7 @@ fn spares_become_of_the_kind_that_is_asked_for() {
 
 #[test]
 fn hurt_spares_are_replaced() {
-    let Some(daemon) = Setup::new().start() else { return };
+    let Some(daemon) = undisturbed().start() else { return };
     let body = workspace(&daemon.folder("w"), "rw");
     daemon.create(&body).delete();
     spares_are_ready(&daemon, 0);
@@ -169,7 +174,7 @@ fn hurt_spares_are_replaced() {
 
 #[test]
 fn nothing_is_passed_on_from_session_to_session() {
-    let Some(daemon) = Setup::new().start() else { return };
+    let Some(daemon) = undisturbed().start() else { return };
     let body = workspace(&daemon.folder("w"), "overlay");
     let look = "cat /tmp/mark /run/mark /dev/shm/mark mark; echo $MARK; compgen -A function mark; set -o";
     let clean = daemon.create(&body).run(look).raw();

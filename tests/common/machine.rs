@@ -65,6 +65,11 @@ pub(crate) fn names(folder: &Path) -> BTreeSet<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
+/// Sessions that have something in a folder of uppers; what begins with a dot is the daemon's own.
+pub(crate) fn uppers(folder: &Path) -> Vec<String> {
+    names(folder).into_iter().filter(|name| !name.starts_with('.')).collect()
+}
+
 /// The daemon's directory in the cgroup v2 tree, where that is mounted.
 pub(crate) fn cgroup_of_daemon(pid: i32) -> Option<PathBuf> {
     let own = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;

@@ -16,6 +16,7 @@ pub(crate) mod files;
 pub(crate) mod http;
 pub(crate) mod machine;
 pub(crate) mod run;
+pub(crate) mod trees;
 
 use http::Answer;
 use run::{Run, Stream};
@@ -241,6 +242,18 @@ impl Daemon {
             status.is_some()
         });
         status.unwrap()
+    }
+
+    /// Kills it, and starts another one in its place, with everything that it has left.
+    pub(crate) fn killed_and_started_again(mut self) -> Self {
+        self.signal(rustix::process::Signal::KILL);
+        self.wait();
+        let dir = std::mem::replace(&mut self.dir, temporary_folder());
+        let mut command = Command::new(EXECD);
+        command.args(["serve", "--port", "0", "--listen", "127.0.0.1", "--log-format", "json"]);
+        command.arg("--isolation-config").arg(dir.path().join("config.toml"));
+        command.env_remove("EXECD_ACCESS_TOKEN");
+        Self::spawn(command, dir)
     }
 
     pub(crate) fn request(&self, method: &str, path: &str, body: &[u8]) -> Answer {

@@ -1,0 +1,192 @@
+//! What taking out and putting back what a session has changed costs: diff beside `tar cz`, commit beside `cp -a`, the
+//! list of many changes, the deletion of such a session, and forks. It prints and asserts nothing, since timings depend on
+//! the machine and on what else it does.
+
+#[path = "support.rs"]
+mod support;
+
+use anyhow::{Context, ensure};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use support::{Client, Daemon, Machine, median, ms, row, timed};
+
+/// The upper that is diffed and committed.
+const FILES: usize = 1000;
+const FILE_BYTES: usize = 1 << 20;
+/// The upper that is listed.
+const ENTRIES: usize = 100_000;
+const ROUNDS: usize = 3;
+const FORKS: usize = 15;
+
+fn main() -> anyhow::Result<()> {
+    // Test runners start benches too, without this argument.
+    if !std::env::args().any(|arg| arg == "--bench") {
+        return Ok(());
+    }
+    let machine = Machine::new()?;
+    machine.describe();
+    let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    for tier in ["image", "directory"] {
+        let folder = scratch.path().join(tier);
+        fs::create_dir(&folder)?;
+        let daemon = Daemon::start(&machine, &folder, &format!("upper_tiers = [\"{tier}\"]"))?;
+        let mut client = Client::connect(daemon.port)?;
+        println!("uppers in {tier}:");
+        for content in [Content::Random, Content::Text] {
+            gigabyte(&mut client, &folder, content)?;
+        }
+        many(&mut client, &folder)?;
+        forks(&mut client, &folder)?;
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Content {
+    Random,
+    Text,
+}
+
+impl Content {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random bytes",
+            Self::Text => "text",
+        }
+    }
+
+    /// Code that makes the files in the present folder.
+    fn make(self) -> String {
+        let source = match self {
+            Self::Random => "cat /dev/urandom",
+            // Numbers that differ from file to file.
+            Self::Text => "seq ${i}00000 999999999",
+        };
+        format!("for i in $(seq {FILES}); do {source} | head -c {FILE_BYTES} >f$i; done")
+    }
+}
+
+fn run(client: &mut Client, session: &str, code: &str) -> anyhow::Result<()> {
+    let body = json!({"code": code}).to_string();
+    let answer = client.call("POST", &format!("/v1/isolated/session/{session}/run"), Some(&body))?;
+    let text = String::from_utf8_lossy(&answer.body).into_owned();
+    ensure!(text.contains("execution_complete"), "{code}: {text}");
+    Ok(())
+}
+
+fn gigabyte(client: &mut Client, folder: &Path, content: Content) -> anyhow::Result<()> {
+    let lower = folder.join("lower");
+    fs::create_dir(&lower)?;
+    let session = client.create(&json!({"workspace": {"path": lower, "mode": "overlay"}}))?;
+    run(client, &session, &content.make())?;
+    let route = format!("/v1/isolated/session/{session}");
+    // What the others work on: the same files, as warm as the upper.
+    let same = folder.join("same");
+    let mut ours = Vec::new();
+    let mut theirs = Vec::new();
+    let mut copies = Vec::new();
+    let mut into = Vec::with_capacity(FILES * FILE_BYTES * 11 / 10);
+    let committed = commit(client, &route)?;
+    copy(&lower, &same)?;
+    for _ in 0..ROUNDS {
+        into.clear();
+        let (status, took) = timed(|| client.call_into("GET", &format!("{route}/diff"), &mut into))?;
+        ensure!(status == 200 && into.len() > 1000, "diff answered {status}");
+        ours.push(took);
+        theirs.push(tar(&same)?);
+        let other = folder.join("copy");
+        let (_, took) = timed(|| copy(&same, &other))?;
+        copies.push(took);
+        fs::remove_dir_all(&other)?;
+    }
+    let (ours, theirs, copies) = (median(ours), median(theirs), median(copies));
+    let name = content.name();
+    row(&format!("diff of 1 GB of {name}, ratio of speed to tar cz"), ratio(theirs, ours), "≥ 1.5");
+    row("   diff, tar cz", format!("{}, {}", ms(ours), ms(theirs)), "");
+    let (whole, synced) = committed;
+    let without = whole.saturating_sub(synced);
+    row("commit of the same without fsync, ratio of speed to cp -a", ratio(copies, without), "≥ 0.8");
+    row("   commit, of that fsync, cp -a", format!("{}, {}, {}", ms(whole), ms(synced), ms(copies)), "");
+    client.delete(&session)?;
+    fs::remove_dir_all(&lower)?;
+    fs::remove_dir_all(&same)?;
+    Ok(())
+}
+
+fn ratio(theirs: Duration, ours: Duration) -> String {
+    format!("{:.2}", theirs.as_secs_f64() / ours.as_secs_f64())
+}
+
+/// How long a commit takes, and what of that goes into fsync.
+fn commit(client: &mut Client, route: &str) -> anyhow::Result<(Duration, Duration)> {
+    let (answer, took) = timed(|| client.call("POST", &format!("{route}/commit"), Some("{}")))?;
+    ensure!(answer.status == 200, "commit answered {}", answer.status);
+    let report = answer.json()?;
+    let fsync = report.get("fsync_us").and_then(Value::as_u64).context("no fsync_us")?;
+    Ok((took, Duration::from_micros(fsync)))
+}
+
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    ensure!(Command::new("cp").arg("-a").arg(from).arg(to).status()?.success(), "cp failed");
+    Ok(())
+}
+
+/// How long tar and gzip take to read and pack a folder.
+fn tar(folder: &Path) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    let mut tar =
+        Command::new("tar").args(["cz", "-C"]).arg(folder).arg(".").stdout(Stdio::piped()).spawn()?;
+    let mut packed = Vec::new();
+    tar.stdout.take().context("no output")?.read_to_end(&mut packed)?;
+    ensure!(tar.wait()?.success(), "tar failed");
+    Ok(began.elapsed())
+}
+
+fn many(client: &mut Client, folder: &Path) -> anyhow::Result<()> {
+    let lower = folder.join("many");
+    fs::create_dir(&lower)?;
+    let mut lists = Vec::new();
+    let mut deletes = Vec::new();
+    for _ in 0..ROUNDS {
+        let session = client.create(&json!({"workspace": {"path": lower, "mode": "overlay"}}))?;
+        let code = format!(
+            "for d in $(seq 100); do mkdir d$d; (cd d$d; seq {} | split -l 1 -a 3 -d -); done",
+            ENTRIES / 100
+        );
+        run(client, &session, &code)?;
+        let mut into = Vec::new();
+        let route = format!("/v1/isolated/session/{session}/diff?format=json");
+        let (status, took) = timed(|| client.call_into("GET", &route, &mut into))?;
+        let listed: Vec<Value> = serde_json::from_slice(&into)?;
+        ensure!(status == 200 && listed.len() >= ENTRIES, "{status}: {} are listed", listed.len());
+        lists.push(took);
+        let (_, took) = timed(|| client.delete(&session))?;
+        deletes.push(took);
+    }
+    row("list of 100,000 changes, median", ms(median(lists)), "≤ 1000 ms");
+    row("delete of that session, median", ms(median(deletes)), "≤ 50 ms");
+    Ok(())
+}
+
+fn forks(client: &mut Client, folder: &Path) -> anyhow::Result<()> {
+    let lower = folder.join("forked");
+    fs::create_dir(&lower)?;
+    File::create(lower.join("file"))?.write_all(b"content")?;
+    let source = client.create(&json!({"workspace": {"path": lower, "mode": "overlay"}}))?;
+    run(client, &source, "for i in $(seq 100); do head -c 10000 /dev/urandom >$i; done")?;
+    let mut times = Vec::new();
+    for _ in 0..FORKS {
+        let (answer, took) =
+            timed(|| client.call("POST", &format!("/v1/isolated/session/{source}/fork"), None))?;
+        ensure!(answer.status == 201, "fork answered {}", answer.status);
+        times.push(took);
+        let id = answer.json()?.get("session_id").and_then(Value::as_str).context("no id")?.to_owned();
+        client.delete(&id)?;
+    }
+    row("fork of a session with 1 MB in 100 files, median", ms(median(times)), "");
+    Ok(())
+}
