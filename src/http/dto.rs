@@ -433,7 +433,7 @@ struct KeptOverlay {
 
 impl From<&Retained> for UpperResponse {
     fn from(retained: &Retained) -> Self {
-        let record = &retained.record;
+        let record = retained.record();
         let overlay = |overlay: &RecordedOverlay| KeptOverlay {
             path: text(&overlay.dest),
             lower: text(&overlay.lower),

@@ -12,13 +12,19 @@ use execd_init_shim::messages::{Launch, Launched, Plan};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long the pages of the executable's copy may be in use by the kernel.
+const SEAL_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Between two tries.
+const SEAL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The hidden first argument that makes this binary a launcher.
 pub const ROLE: &str = "--launcher-role";
@@ -150,6 +156,13 @@ fn sealed_copy_of_self() -> io::Result<OwnedFd> {
     // MFD_EXEC is required where vm.memfd_noexec is set and unknown before kernel 6.3.
     let copy = memfd_create("execd", flags | MemfdFlags::EXEC).or_else(|_| memfd_create("execd", flags))?;
     io::copy(&mut File::open("/proc/self/exe")?, &mut File::from(copy.try_clone()?))?;
-    fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
-    Ok(copy)
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    let deadline = Instant::now() + SEAL_WAIT_MAX;
+    loop {
+        match fcntl_add_seals(&copy, seals) {
+            // The kernel looks at its pages for other reasons just now, such as moving them (memfd_wait_for_pins).
+            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(SEAL_INTERVAL),
+            sealed => return sealed.map(|()| copy).map_err(io::Error::from),
+        }
+    }
 }

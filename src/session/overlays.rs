@@ -136,17 +136,19 @@ impl Session {
         let mut shut = visit.shut();
         let leave = async { drop(shut.wait_for(|shut| *shut).await) };
         let get = async {
-            let changes = if wait {
-                self.hold_changes().await
-            } else {
-                self.try_hold_changes().ok_or_else(|| busy("files are being changed"))?
-            };
             if !wait && self.is_running() {
                 return Err(busy("a run is going on"));
             }
             let (answer, answered) = oneshot::channel();
             self.queue.send(Order::Rest { answer, renews }).await.map_err(|_| visit.dead())?;
-            Ok((changes, answered.await.map_err(|_| visit.dead())?))
+            let rest = answered.await.map_err(|_| visit.dead())?;
+            // Last, since nobody can change files while this is waited for.
+            let changes = if wait {
+                self.hold_changes().await
+            } else {
+                self.try_hold_changes().ok_or_else(|| busy("files are being changed"))?
+            };
+            Ok((changes, rest))
         };
         let (changes, rest) = tokio::select! {
             biased;
@@ -177,7 +179,7 @@ impl Session {
         match sealed {
             Ok(Ok(())) => {
                 tracing::warn!(session = %self.id, why, "the overlays of a session are read-only from now on");
-                self.note_sealed(why);
+                self.note_sealed(Some(why));
             }
             Ok(Err(error)) => {
                 tracing::warn!(session = %self.id, why, %error, "a session cannot be kept from writing; tried again");
@@ -215,7 +217,7 @@ pub async fn visit_kept(retained: Arc<Retained>) -> Result<Arc<OverlaysVisit>, F
     blocking(move || {
         let layers = retained.layers().map_err(|error| own("open the layers", &error))?;
         let notes = layers.folder.try_clone().map_err(|error| own("open the session's folder", &error))?;
-        let since = retained.record.since;
+        let since = retained.record().since;
         let (never, shut) = watch::channel(false);
         let hold = Hold::Kept { retained, layers, _never: never };
         Ok(Arc::new(OverlaysVisit { hold, since, notes, shut }))
@@ -272,42 +274,40 @@ impl OverlaysVisit {
         .await
     }
 
-    /// Makes the lowers what the session sees. It goes on to its end even if nobody waits for it.
+    /// Makes the lowers what the session sees. Once begun it goes on to its end even if nobody waits for it.
     ///
     /// # Errors
     /// [`FilesError::Busy`], [`crate::files::Class::Conflict`], and what goes wrong; the same commit can be tried again then.
     pub async fn commit(self: Arc<Self>, options: CommitOptions) -> Result<CommitReport, FilesError> {
-        let done = tokio::spawn(async move {
-            let alone = match &self.hold {
-                Hold::Live { visit, .. } => {
-                    check_reset(visit.inside(), &options)?;
-                    Some(visit.session().be_alone(visit, options.wait, options.reset).await?)
+        let alone = match &self.hold {
+            Hold::Live { visit, .. } => {
+                check_reset(visit.inside(), &options)?;
+                Some(visit.session().be_alone(visit, options.wait, options.reset).await?)
+            }
+            Hold::Kept { .. } if options.reset => {
+                return Err(FilesError::NotSupported("there is no session to begin anew".into()));
+            }
+            Hold::Kept { .. } => None,
+        };
+        // From here on nothing cancels it.
+        blocking(move || match (&self.hold, alone) {
+            (Hold::Live { visit, uppers, .. }, Some(alone)) if options.reset => {
+                if !alone.is_shell_alone(visit.inside()) {
+                    let reason = "processes still live in the overlays; nothing was done";
+                    return Err(FilesError::Busy(reason.into()));
                 }
-                Hold::Kept { .. } if options.reset => {
-                    return Err(FilesError::NotSupported("there is no session to begin anew".into()));
-                }
-                Hold::Kept { .. } => None,
-            };
-            blocking(move || match (&self.hold, alone) {
-                (Hold::Live { visit, uppers, .. }, Some(alone)) if options.reset => {
-                    if !alone.is_shell_alone(visit.inside()) {
-                        let reason = "processes still live in the overlays; nothing was done";
-                        return Err(FilesError::Busy(reason.into()));
-                    }
-                    let report = self.commit_now(&options)?;
-                    reset(visit, uppers)?;
-                    alone.renew_shell();
-                    Ok(report)
-                }
-                (_, alone) => {
-                    let done = self.commit_now(&options);
-                    drop(alone);
-                    done
-                }
-            })
-            .await
-        });
-        done.await.map_err(|error| FileError::Own(format!("a commit broke down: {error}")))?
+                let report = self.commit_now(&options)?;
+                reset(visit, uppers)?;
+                alone.renew_shell();
+                Ok(report)
+            }
+            (_, alone) => {
+                let done = self.commit_now(&options);
+                drop(alone);
+                done
+            }
+        })
+        .await
     }
 
     fn commit_now(&self, options: &CommitOptions) -> Result<CommitReport, FilesError> {
@@ -324,8 +324,9 @@ impl OverlaysVisit {
             Hold::Live { uppers, .. } => {
                 uppers.note_commit(is_going_on).map_err(|error| own("note the commit", &error))
             }
-            // They are kept as they are.
-            Hold::Kept { .. } => Ok(()),
+            Hold::Kept { retained, .. } => {
+                retained.note_commit(is_going_on).map_err(|error| own("note the commit", &error))
+            }
         }
     }
 
@@ -392,7 +393,11 @@ fn reset(visit: &FilesVisit, uppers: &SessionUppers) -> Result<(), FilesError> {
     };
     let mounts = inside.late_mounts.iter().map(renewed).collect::<Result<Vec<_>, FilesError>>()?;
     match inside.sandbox.replace(&mounts) {
-        Ok(()) => Ok(uppers.adopt(renewal)?),
+        Ok(()) => {
+            uppers.adopt(renewal)?;
+            visit.session().note_sealed(None);
+            Ok(())
+        }
         Err(ReplaceError::Unchanged(error)) => Err(FilesError::Busy(format!(
             "everything is committed, but the overlays stay as they are: {error}"
         ))),

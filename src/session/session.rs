@@ -184,8 +184,8 @@ impl Session {
         self.life().sealed.is_some()
     }
 
-    pub(super) fn note_sealed(&self, why: String) {
-        self.life().sealed = Some(why);
+    pub(super) fn note_sealed(&self, why: Option<String>) {
+        self.life().sealed = why;
     }
 
     /// Whether a run goes on, or waits.

@@ -417,16 +417,16 @@ impl Task {
         while let Ok(order) = self.queue.try_recv() {
             drop(order);
         }
-        // What nobody wants is not written out first.
-        if let Some(uppers) = self.resources.as_ref().and_then(|resources| resources.uppers.as_ref()) {
-            uppers.abandon();
-        }
         // First of all: whatever is being started in it ends with it, and is not waited for.
         if let Some(resources) = &self.resources {
             resources.sandbox.kill();
         }
         // Nothing is started in it any more, and nobody is in its files.
         self.session.door.shut().await;
+        // What nobody wants any more is not written out first.
+        if let Some(uppers) = self.resources.as_ref().and_then(|resources| resources.uppers.as_ref()) {
+            uppers.abandon();
+        }
         let shell = self.shell.take();
         let resources = self.resources.take();
         let released = tokio::task::spawn_blocking(move || {

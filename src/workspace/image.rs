@@ -1,8 +1,8 @@
 //! Images: a file that holds an ext4 file system, mounted through a loop device but nowhere in the file tree. Whoever
 //! fills one meets ENOSPC, and nobody else notices.
 //!
-//! A formatted image is made once for each size with mke2fs(8); others are copies of its few blocks that are not empty, which
-//! takes about as long as creating a directory. Some are kept ready.
+//! A formatted image of the usual size is made once with mke2fs(8); others are copies of its few blocks that are not empty,
+//! which takes little longer than making a directory. Some are kept ready.
 //!
 //! The file is locked (flock(2)) through the very descriptor that the loop device is given, so the lock lasts as long as
 //! the device does: no image is ever mounted twice, whatever became of the execd that mounted it first.
@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 /// Their folder below `upper_root`.
 const FOLDER: &str = ".images";
+const TEMPLATE: &str = "template";
 /// Bytes of an inode, as mke2fs is told.
 const INODE_BYTES: u64 = 256;
 /// What the file system needs for itself besides inodes: a journal and some blocks, and this part of its size.
@@ -151,22 +152,31 @@ impl Images {
 
     fn make(&self, limit: Limit) -> io::Result<(PathBuf, Image)> {
         let path = self.folder.join(uuid::Uuid::new_v4().to_string());
-        let made = self.template(limit).and_then(|template| copy(&template, &path)).and_then(Image::mount);
+        let made = self.unmounted(limit, &path).and_then(Image::mount);
         if made.is_err() {
             let _ = fs::remove_file(&path);
         }
         Ok((path, made?))
     }
 
-    /// A formatted image of that size.
-    fn template(&self, limit: Limit) -> io::Result<File> {
-        let path = self.folder.join(format!("template-{}-{}", limit.bytes, limit.inodes));
+    fn unmounted(&self, limit: Limit, path: &Path) -> io::Result<File> {
+        if limit == self.usual {
+            return copy(&self.template()?, path);
+        }
+        // Of any other size there may never be a second one.
+        format(path, limit)?;
+        File::options().read(true).write(true).open(path)
+    }
+
+    /// A formatted image of the usual size.
+    fn template(&self) -> io::Result<File> {
+        let path = self.folder.join(TEMPLATE);
         match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             found => return found,
         }
         let passing = self.folder.join(uuid::Uuid::new_v4().to_string());
-        let formatted = format(&passing, limit).and_then(|()| fs::rename(&passing, &path));
+        let formatted = format(&passing, self.usual).and_then(|()| fs::rename(&passing, &path));
         if formatted.is_err() {
             let _ = fs::remove_file(&passing);
         }

@@ -46,6 +46,10 @@ use uuid::Uuid;
 const TEND_INTERVAL: Duration = Duration::from_secs(1);
 /// The pause after a measurement is so many times what that took.
 const MEASURE_PAUSE: u32 = 9;
+/// What has to be free where uppers are, or else the largest cannot be written to any more: this part, at most so many
+/// bytes.
+const FREE_PART: u64 = 50;
+const FREE_BYTES: u64 = 1 << 30;
 /// How long uppers are kept at least that a commit has been cut off in.
 const HALF_COMMITTED_KEPT: Duration = Duration::from_secs(24 * 3600);
 /// The file of an image in a session's folder.
@@ -155,8 +159,7 @@ impl Renewal {
 /// Uppers of a session that has ended.
 #[derive(Debug)]
 pub struct Retained {
-    /// What is known of them.
-    pub record: Record,
+    record: Mutex<Record>,
     folder: PathBuf,
     /// Held for writing by whoever removes them or changes their lowers.
     pub in_use: RwLock<()>,
@@ -182,6 +185,9 @@ pub enum Excess {
     /// All hold more than this together, and it the most of them; bytes.
     #[error("all uppers hold more than {0} bytes together, and its own the most of them")]
     OfAll(u64),
+    /// There is hardly any room where the uppers are, and it holds the most of them.
+    #[error("the disk of all uppers is nearly full, and its own hold the most of them")]
+    OfDisk,
 }
 
 /// A tier, and whether there is one of that kind.
@@ -333,19 +339,35 @@ impl Uppers {
         let live = self.live();
         let over = |uppers: &&Arc<SessionUppers>| {
             let (limit, used) = (uppers.limit(true), uppers.used());
-            uppers.tier == Tier::Directory
-                && ((limit.bytes > 0 && used.bytes > limit.bytes) || used.inodes > limit.inodes)
+            let is_beyond = used.bytes > limit.bytes || used.inodes > limit.inodes;
+            uppers.tier == Tier::Directory && limit.bytes > 0 && is_beyond
         };
         let mut excesses: Vec<_> = live
             .iter()
             .filter(over)
             .map(|uppers| (uppers.id, Excess::OfSession(uppers.limit(true))))
             .collect();
-        if total_max > 0 && self.used_bytes() > total_max {
-            let largest = live.iter().max_by_key(|uppers| uppers.used().bytes);
-            excesses.extend(largest.map(|uppers| (uppers.id, Excess::OfAll(total_max))));
+        let total = if total_max > 0 && self.used_bytes() > total_max {
+            Some(Excess::OfAll(total_max))
+        } else {
+            // Images have room that their file system may not have: writes would be lost.
+            self.is_disk_full().then_some(Excess::OfDisk)
+        };
+        if let Some(excess) = total {
+            let largest = live
+                .iter()
+                .filter(|uppers| uppers.tier != Tier::Memory)
+                .max_by_key(|uppers| uppers.used().bytes);
+            excesses.extend(largest.map(|uppers| (uppers.id, excess)));
         }
         excesses
+    }
+
+    fn is_disk_full(&self) -> bool {
+        rustix::fs::statvfs(&self.root).is_ok_and(|stat| {
+            let (size, free) = (stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize);
+            free < (size / FREE_PART).min(FREE_BYTES)
+        })
     }
 
     fn live(&self) -> Vec<Arc<SessionUppers>> {
@@ -371,7 +393,10 @@ impl Uppers {
     /// Those of sessions that have ended, by the time of their end.
     pub fn retained(&self) -> Vec<Arc<Retained>> {
         let mut all: Vec<_> = lock(&self.retained).values().cloned().collect();
-        all.sort_by_key(|retained| (retained.record.ended, retained.record.session));
+        all.sort_by_cached_key(|retained| {
+            let record = retained.record();
+            (record.ended, record.session)
+        });
         all
     }
 
@@ -386,7 +411,7 @@ impl Uppers {
     /// See [`RemoveError`].
     pub fn remove(&self, retained: &Retained) -> Result<(), RemoveError> {
         let _alone = retained.in_use.try_write().map_err(|_| RemoveError::InUse)?;
-        if lock(&self.retained).remove(&retained.record.session).is_some() {
+        if lock(&self.retained).remove(&retained.record().session).is_some() {
             self.trash.take(&retained.folder)?;
         }
         Ok(())
@@ -418,6 +443,7 @@ impl Uppers {
             record.write(&folder)?;
         }
         let session = record.session;
+        let record = Mutex::new(record);
         let retained = Retained { record, folder, in_use: RwLock::default(), open: Mutex::default() };
         lock(&self.retained).insert(session, Arc::new(retained));
         Ok(())
@@ -425,9 +451,9 @@ impl Uppers {
 
     fn expire(&self) {
         let now = SystemTime::now();
-        let expired = |retained: &Arc<Retained>| retained.record.expires().is_some_and(|at| at <= now);
+        let expired = |retained: &Arc<Retained>| retained.record().expires().is_some_and(|at| at <= now);
         for retained in self.retained().iter().filter(|retained| expired(retained)) {
-            let session = retained.record.session;
+            let session = retained.record().session;
             match self.remove(retained) {
                 Ok(()) => tracing::info!(%session, "the uppers of a session have been kept long enough"),
                 // They are looked at again.
@@ -758,6 +784,21 @@ impl Drop for Abandoned {
 }
 
 impl Retained {
+    /// What is known of them.
+    pub fn record(&self) -> Record {
+        lock(&self.record).clone()
+    }
+
+    /// Notes that the lowers are being changed, or no longer are.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn note_commit(&self, is_going_on: bool) -> io::Result<()> {
+        let mut record = lock(&self.record);
+        record.committing = is_going_on;
+        record.write(&self.folder)
+    }
+
     /// Brings the layers into reach. Blocks.
     ///
     /// # Errors
@@ -767,7 +808,8 @@ impl Retained {
         if let Some(layers) = open.upgrade() {
             return Ok(layers);
         }
-        let home = match self.record.tier {
+        let record = self.record();
+        let home = match record.tier {
             Tier::Image => Home::image(Image::open(&self.folder.join(IMAGE))?)?,
             Tier::Directory | Tier::Memory => Home::directory(&self.folder)?,
         };
@@ -784,7 +826,7 @@ impl Retained {
                 marks: overlay.marks,
             })
         };
-        let layers = self.record.overlays.iter().map(layer).collect::<Result<_, _>>()?;
+        let layers = record.overlays.iter().map(layer).collect::<Result<_, _>>()?;
         let folder =
             openat(CWD, &self.folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let layers = Arc::new(RetainedLayers { layers, folder, _home: home });
