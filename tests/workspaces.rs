@@ -244,6 +244,31 @@ fn where_the_kernel_has_no_limit_writing_ends_soon() {
 }
 
 #[test]
+fn where_no_upper_can_lie_it_is_in_memory() {
+    // As in a container without a volume: its own file system is an overlay.
+    let on_overlay = r#"for a; do case $a in *.toml) c=$a;; esac; done
+        r=$(sed -n 's/^upper_root = "\(.*\)"/\1/p' "$c"); mkdir "$r" "$r.l" "$r.u" "$r.w" &&
+        mount -t overlay overlay -o lowerdir="$r.l",upperdir="$r.u",workdir="$r.w" "$r" && exec "$@""#;
+    let setup = Setup::new().setting("upper_tiers = [\"directory\", \"memory\"]");
+    let Some(daemon) = setup.wrapper(&["unshare", "--mount", "sh", "-c", on_overlay, "sh"]).start() else {
+        return;
+    };
+    let capabilities = daemon.get("/v1/isolated/capabilities").json();
+    let tiers = capabilities["uppers"].as_array().unwrap();
+    let available = |name: &str| tiers.iter().find(|rung| rung["tier"] == name).unwrap()["available"] == true;
+    assert!(!available("directory") && available("memory"), "{capabilities}");
+    assert!(capabilities["diff_supported"] == true && capabilities["commit_supported"] == true);
+    let work = daemon.folder("work");
+    let session = daemon.create(&persistent(&work, &json!({"max_bytes": 16 << 20})));
+    assert_eq!(session.state()["uppers"]["tier"], "memory");
+    session.run("head -c 20M /dev/zero 2>/dev/null >big; echo $?; rm big; echo x >file").prints("1\n");
+    commit(&fork(&session), &json!({}));
+    assert!(work.join("file").exists());
+    let (status, code, _) = daemon.post_session(&persistent(&work, &json!({"retain_seconds": 9}))).failure();
+    assert_eq!((status, code.as_str()), (503, "NOT_SUPPORTED"));
+}
+
+#[test]
 fn a_commit_is_alone_with_the_files() {
     let Some(daemon) = Setup::new().start() else { return };
     let work = daemon.folder("work");
@@ -262,6 +287,9 @@ fn a_commit_is_alone_with_the_files() {
     let (status, code, message) = refused(&session, &json!({"wait": false}));
     assert_eq!((status, code.as_str()), (409, "CONFLICT"), "{message}");
     assert!(!work.join("late").exists());
+    // Whoever only looks goes on.
+    assert!(changes(&session, "").len() > 200);
+    assert_eq!(daemon.get(&session.route("/diff")).status, 200);
     commit(&session, &json!({}));
     assert_eq!(fs::read_to_string(work.join("late")).unwrap(), "done\n");
     stream.finish();

@@ -11,7 +11,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Statx, StatxTimestamp, Timespec, Timestamps, Uid,
     chownat, copy_file_range, fchmod, fchown, ftruncate, futimens, ioctl_ficlone, makedev, mknodat, openat,
-    readlinkat, seek, symlinkat, utimensat,
+    readlinkat, seek, sendfile, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 use std::ffi::{CStr, OsStr};
@@ -158,8 +158,13 @@ pub(crate) fn content(from: &File, to: impl AsFd, go_on: &GoOn<'_>) -> Result<u6
 /// Copies on from where both files are; as much as one call does.
 fn copy_some(from: &File, to: impl AsFd, length: usize) -> Result<usize, Errno> {
     match copy_file_range(from, None, &to, None, length) {
-        // File systems that cannot; then it goes through memory.
+        // Two file systems, or one that cannot.
         Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        done => return done,
+    }
+    match sendfile(&to, from, None, length) {
+        // Then it goes through memory of this process.
+        Err(Errno::INVAL | Errno::NOSYS) => {}
         done => return done,
     }
     let mut buffer = vec![0; length.min(256 * 1024)];

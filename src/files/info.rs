@@ -79,6 +79,11 @@ impl Worker<'_> {
 }
 
 /// Times before the epoch, and beyond what can be counted, end there.
+/// The octal digits of a mode, as a decimal number: 0o644 is 644.
+pub fn octal_digits(mode: u32) -> u32 {
+    (0..4).rev().fold(0, |digits, place| digits * 10 + (mode >> (3 * place) & 7))
+}
+
 pub(super) fn time(time: &StatxTimestamp) -> SystemTime {
     let since = Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec);
     SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH)

@@ -7,7 +7,7 @@ use super::dto::rfc3339;
 use super::error::ApiError;
 use super::isolated::find;
 use super::json::{Json, JsonList, Object};
-use crate::files::info::{FileInfo, Kind};
+use crate::files::info::{FileInfo, Kind, octal_digits};
 use crate::files::stage::Attributes;
 use crate::files::{Class, FileError, Worker};
 use crate::session::files::{FilesError, FilesVisit, Purpose};
@@ -317,14 +317,9 @@ impl From<FileInfo> for FileInfoResponse {
             created_at: rfc3339(info.created_at),
             owner: info.owner,
             group: info.group,
-            mode: decimal(info.mode),
+            mode: octal_digits(info.mode),
         }
     }
-}
-
-/// The octal digits of a mode, as a decimal number.
-fn decimal(mode: u32) -> u32 {
-    (0..4).rev().fold(0, |digits, place| digits * 10 + (mode >> (3 * place) & 7))
 }
 
 /// A JSON array, rendered as it grows, which takes the least memory.
@@ -372,9 +367,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modes_are_octal_digits_in_decimal() {
+    fn modes_are_octal_digits_in_octal_digits() {
         assert_eq!((octal(755).unwrap(), octal(4755).unwrap(), octal(7).unwrap()), (0o755, 0o4755, 7));
-        assert_eq!((decimal(0o644), decimal(0o1777), decimal(0)), (644, 1777, 0));
+        assert_eq!((octal_digits(0o644), octal_digits(0o1777), octal_digits(0)), (644, 1777, 0));
         assert!(
             octal(8).is_err() && octal(799).is_err() && octal(10_000).is_err() && octal(u32::MAX).is_err()
         );

@@ -7,6 +7,7 @@
 use super::layer::{Layer, Marks, is_portable};
 use crate::files::archive::is_gone;
 use crate::files::error::{Call, FileError};
+use crate::files::info::octal_digits;
 use crate::files::tree::{DIRECTORY, kind, open_below, split_below, stat, stat_entry};
 use crate::files::walk::{BELOW_BYTES_MAX, GoOn, Order, Seen, Walk};
 use crate::files::xattr;
@@ -98,11 +99,6 @@ impl Change {
             mode: octal_digits(u32::from(self.stat.stx_mode) & 0o7777),
         })
     }
-}
-
-/// The octal digits of a mode, as a decimal number.
-fn octal_digits(mode: u32) -> u32 {
-    (0..4).rev().fold(0, |digits, place| digits * 10 + (mode >> (3 * place) & 7))
 }
 
 /// Where something is in the session.
