@@ -238,7 +238,7 @@ fn where_the_kernel_has_no_limit_writing_ends_soon() {
     // Even while something is being written, which ends.
     let session = daemon.create(&persistent(&work, &json!({"max_bytes": 20 << 20})));
     let run = session.run("exec 9>held; while head -c 1M /dev/zero >&9; do sleep 0.01; done; echo over");
-    assert_eq!(run.exit_code(), Some(137), "{}", run.raw());
+    assert_eq!(run.error(), ("QuotaExceeded", "137"), "{}", run.raw());
     eventually("it is sealed", || session.state()["uppers"]["sealed"].is_string());
     session.run("echo alive").prints("alive\n");
 }

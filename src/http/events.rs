@@ -179,6 +179,14 @@ impl Failure {
                 evalue: code.to_string(),
                 text: format!("killed by {}: the kernel ran out of memory", signal_text(code - 128)),
             },
+            End::QuotaExceeded(code) => Self {
+                ename: "QuotaExceeded",
+                evalue: code.to_string(),
+                text: format!(
+                    "killed by {}: the session holds more than it may, and can write no more to its overlays",
+                    signal_text(code - 128)
+                ),
+            },
             End::ShellLost => {
                 exit(1, "the code took over the shell's own input; a new shell takes over".into())
             }

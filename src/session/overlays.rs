@@ -175,7 +175,8 @@ impl Session {
             return;
         }
         let Ok(visit) = self.visit_files(Purpose::Watch).await else { return };
-        let sealed = blocking(move || Ok(seal(visit.inside()))).await;
+        let session = Arc::clone(self);
+        let sealed = blocking(move || Ok(seal(visit.inside(), &|| session.note_writers_killed()))).await;
         match sealed {
             Ok(Ok(())) => {
                 tracing::warn!(session = %self.id, why, "the overlays of a session are read-only from now on");
@@ -190,7 +191,7 @@ impl Session {
     }
 }
 
-fn seal(inside: &Inside) -> Result<(), LaunchError> {
+fn seal(inside: &Inside, note_killed: &dyn Fn()) -> Result<(), LaunchError> {
     let dests = inside.uppers.as_ref().map(|uppers| uppers.dests()).unwrap_or_default();
     let cgroup = inside.cgroup.as_deref();
     // If it cannot be held up it has to be faster than the look at its files.
@@ -198,7 +199,12 @@ fn seal(inside: &Inside) -> Result<(), LaunchError> {
     let mut sealed = inside.sandbox.seal(&dests);
     if sealed.is_err() {
         // Files that are open for writing keep a mount writable.
-        cgroup.iter().for_each(|cgroup| cgroup.kill_leaves());
+        note_killed();
+        match cgroup {
+            Some(cgroup) => cgroup.kill_leaves(),
+            // Who has them open cannot be told from others.
+            None => inside.sandbox.kill(),
+        }
         drop(frozen);
         let deadline = Instant::now() + SEAL_WAIT_MAX;
         while sealed.is_err() && Instant::now() < deadline {

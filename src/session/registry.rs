@@ -377,6 +377,7 @@ impl Registry {
             idle_since: Instant::now(),
             running: false,
             sealed: None,
+            writers_killed: None,
         };
         let session = Arc::new(Session {
             id,

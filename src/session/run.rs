@@ -65,6 +65,8 @@ pub enum End {
     Exited(ExitStatus),
     /// The code, or the shell that ran it, was killed when the machine or its container ran out of memory.
     OutOfMemory(i32),
+    /// The code, or the shell that ran it, was killed for writing when its session held more than it may.
+    QuotaExceeded(i32),
     /// The code took the shell's way back; the session goes on with a new one.
     ShellLost,
     /// It took longer than it was allowed.
@@ -81,7 +83,7 @@ impl End {
     /// The status a shell would tell, where the run came to have one.
     pub fn exit_code(self) -> Option<i32> {
         match self {
-            Self::Status(code) | Self::OutOfMemory(code) => Some(code),
+            Self::Status(code) | Self::OutOfMemory(code) | Self::QuotaExceeded(code) => Some(code),
             Self::ShellEnded(status) | Self::Exited(status) => Some(status.shell_code()),
             Self::TimedOut(_) => Some(124),
             Self::ShellLost | Self::Cancelled | Self::SessionEnded | Self::Failed => None,

@@ -74,6 +74,8 @@ pub(super) struct Life {
     pub(super) running: bool,
     /// Why its overlays are read-only by now.
     pub(super) sealed: Option<String>,
+    /// When those who were writing were last killed for that.
+    pub(super) writers_killed: Option<std::time::Instant>,
 }
 
 /// What a shell says of a command that SIGKILL ended.
@@ -216,13 +218,20 @@ impl Session {
         self.background.attention.notify_one();
     }
 
-    /// Names the lack of memory as the cause, where that is what a run ended of.
+    pub(super) fn note_writers_killed(&self) {
+        self.life().writers_killed = Some(std::time::Instant::now());
+    }
+
+    /// Names the cause, where a run ended of a lack of memory or of room.
     pub(super) fn with_cause(&self, end: End, began: std::time::Instant) -> End {
         let killed = match end {
             End::Status(code) => code == KILLED_STATUS,
             End::ShellEnded(status) | End::Exited(status) => status.shell_code() == KILLED_STATUS,
             _ => false,
         };
+        if killed && self.life().writers_killed.is_some_and(|at| at >= began) {
+            return End::QuotaExceeded(KILLED_STATUS);
+        }
         let struck = || self.registry.upgrade().is_some_and(|registry| registry.oom_struck_since(began));
         if killed && struck() { End::OutOfMemory(KILLED_STATUS) } else { end }
     }

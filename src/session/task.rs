@@ -374,9 +374,14 @@ impl Task {
                 tracing::warn!(session = %self.session.id, %error, "tidying up after a run failed");
                 true
             }
-            (End::Status(_) | End::OutOfMemory(_) | End::TimedOut(_) | End::Cancelled, Ok(())) => {
-                shell.is_over()
-            }
+            (
+                End::Status(_)
+                | End::OutOfMemory(_)
+                | End::QuotaExceeded(_)
+                | End::TimedOut(_)
+                | End::Cancelled,
+                Ok(()),
+            ) => shell.is_over(),
         };
         if gone { self.replace_shell().await } else { Ok(()) }
     }
