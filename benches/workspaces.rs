@@ -98,6 +98,7 @@ impl InMemory {
 impl Drop for InMemory {
     fn drop(&mut self) {
         let _ = unmount(&self.0, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.0);
     }
 }
 

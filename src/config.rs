@@ -20,7 +20,7 @@ pub struct Config {
     /// What all persistent uppers together may hold; bytes, 0 for no limit. Measured every few seconds; at the limit no
     /// session with a persistent overlay is created, and the largest cannot write any more.
     pub upper_max_bytes: u64,
-    /// The largest diff; bytes, before it is packed.
+    /// The largest diff; bytes, before it is packed; 0 for no limit.
     pub diff_max_bytes: u64,
     /// Host paths that `extra_writable` and `binds` may name, with what is beneath them.
     pub allowed_writable: Vec<PathBuf>,

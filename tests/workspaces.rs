@@ -104,9 +104,13 @@ fn what_makes_no_sense_is_refused() {
     for query in ["?format=zip", "?path=/etc", "?path=../x", "?path=one//x"] {
         assert_eq!((get(query).0, get(query).1.as_str()), (400, "INVALID_REQUEST_BODY"), "{query}");
     }
-    for body in
-        [json!({"on_conflict": "maybe"}), json!({"paths": ["/etc"]}), json!({"paths": "x"}), json!([])]
-    {
+    for body in [
+        json!({"on_conflict": "maybe"}),
+        json!({"paths": ["/etc"]}),
+        json!({"paths": "x"}),
+        json!([]),
+        json!({"dryrun": true}),
+    ] {
         assert_eq!(refused(&session, &body).0, 400, "{body}");
     }
     // Limits.
@@ -120,9 +124,9 @@ fn what_makes_no_sense_is_refused() {
     assert_eq!(changes(&session, &format!("&path={}", two.display())).len(), 1);
     // Sessions without overlays, and none.
     let plain = daemon.session("plain");
-    assert_eq!(daemon.get(&plain.route("/diff")).failure().1, "NOT_SUPPORTED");
-    assert_eq!(refused(&plain, &json!({})).1, "NOT_SUPPORTED");
-    assert_eq!(daemon.request("POST", &plain.route("/fork"), b"").failure().1, "NOT_SUPPORTED");
+    assert_eq!(daemon.get(&plain.route("/diff")).failure().0, 400);
+    assert_eq!(refused(&plain, &json!({})).0, 400);
+    assert_eq!(daemon.request("POST", &plain.route("/fork"), b"").failure().0, 400);
     let none = "/v1/isolated/session/00000000-0000-0000-0000-000000000000";
     for (method, rest) in [("GET", "/diff"), ("POST", "/commit"), ("POST", "/fork")] {
         let (status, code, _) = daemon.request(method, &format!("{none}{rest}"), b"[").failure();
@@ -131,7 +135,8 @@ fn what_makes_no_sense_is_refused() {
     for (persist, field) in [
         (json!({"max_bytes": 1}), "overlays[0].persist.max_bytes"),
         (json!({"max_inodes": 1}), "overlays[0].persist.max_inodes"),
-        (json!({"retain_seconds": -1}), "overlays[0].persist"),
+        (json!({"retain_seconds": -1}), "overlays[0].persist.retain_seconds"),
+        (json!({"retain": 1}), "overlays[0].persist"),
         (json!([1, 2]), "overlays[0].persist"),
         (json!({"max_bytes": 1_u64 << 60}), "persist.max_bytes"),
     ] {

@@ -53,13 +53,14 @@ async fn visit(app: &App, id: &str) -> Result<Arc<OverlaysVisit>, ApiError> {
             visited => return Ok(visited?),
         }
     }
-    Ok(visit_kept(retained(app, id)?).await?)
+    let retained = retained(app, id).map_err(|_| ApiError::NoSession(id.to_owned()))?;
+    Ok(visit_kept(retained).await?)
 }
 
 fn retained(app: &App, id: &str) -> Result<Arc<Retained>, ApiError> {
     let session = session_id(id)?;
     let uppers = app.registry.foundation().uppers.as_ref();
-    uppers.and_then(|uppers| uppers.retained_of(session.0)).ok_or_else(|| ApiError::NoSession(id.to_owned()))
+    uppers.and_then(|uppers| uppers.retained_of(session.0)).ok_or_else(|| ApiError::NoUppers(id.to_owned()))
 }
 
 /// The changes, as a layer or as a list.
@@ -155,9 +156,9 @@ async fn layer(
     Ok((headers, stream(pieces)).into_response())
 }
 
-/// `POST commit`.
+/// `POST commit`. A field that is not known is refused, since a misspelt `dry_run` would write.
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 struct CommitRequest {
     paths: Option<Vec<String>>,
     dry_run: Option<bool>,
@@ -212,7 +213,7 @@ fn conflicts(given: Option<&str>) -> Result<OnConflict, OptionError> {
 
 /// `POST fork`.
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 struct ForkRequest {
     wait: Option<bool>,
 }
@@ -235,11 +236,19 @@ async fn fork(
 async fn list(State(app): State<App>) -> impl IntoResponse {
     let uppers = app.registry.foundation().uppers.as_ref();
     let uppers = uppers.map(|uppers| uppers.retained()).unwrap_or_default();
-    axum::Json(UppersResponse { uppers: uppers.iter().map(|retained| (&**retained).into()).collect() })
+    described(uppers).await.map(|uppers| axum::Json(UppersResponse { uppers }))
 }
 
 async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<impl IntoResponse, ApiError> {
-    Ok(axum::Json(UpperResponse::from(&*retained(&app, &id)?)))
+    let mut described = described(vec![retained(&app, &id)?]).await?;
+    described.pop().map(axum::Json).ok_or(ApiError::NoUppers(id))
+}
+
+/// Finding out what they hold is a look at the disk.
+async fn described(uppers: Vec<Arc<Retained>>) -> Result<Vec<UpperResponse>, ApiError> {
+    let described =
+        tokio::task::spawn_blocking(move || uppers.iter().map(|retained| (&**retained).into()).collect());
+    Ok(described.await.map_err(|error| FileError::Own(format!("a look at uppers broke down: {error}")))?)
 }
 
 async fn remove(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {

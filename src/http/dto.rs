@@ -9,10 +9,13 @@ use crate::session::options::{
 };
 use crate::session::probe::{Check, Feature, Report};
 use crate::session::session::Session;
-use crate::workspace::home::{Limit, Tier, Usage};
+use crate::workspace::home::{Keeper, Limit, Tier, Usage};
 use crate::workspace::record::RecordedOverlay;
 use crate::workspace::uppers::{Retained, Rung};
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -46,6 +49,9 @@ pub struct CreateRequest {
 pub struct WorkspaceDto {
     path: Option<String>,
     mode: Option<String>,
+    /// Beyond the contract.
+    #[serde(skip_serializing)]
+    persist: Option<PersistDto>,
 }
 
 /// An entry of `overlays`.
@@ -58,21 +64,40 @@ pub struct OverlayDto {
 }
 
 /// `persist`: whether, and beyond the contract, how.
-#[derive(Debug, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "a boolean or an object with retain_seconds, max_bytes, max_inodes was expected"
-)]
+#[derive(Debug)]
 pub enum PersistDto {
     /// As in the contract.
     Whether(bool),
     /// It does, in this way.
-    How(Object<PersistHow>),
+    How(PersistHow),
 }
 
-/// What `persist` may say about the uppers of the session.
+impl<'de> Deserialize<'de> for PersistDto {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Persist;
+        impl<'de> Visitor<'de> for Persist {
+            type Value = PersistDto;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a boolean, or an object with retain_seconds, max_bytes, max_inodes")
+            }
+
+            fn visit_bool<E>(self, persist: bool) -> Result<PersistDto, E> {
+                Ok(PersistDto::Whether(persist))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<PersistDto, A::Error> {
+                PersistHow::deserialize(MapAccessDeserializer::new(map)).map(PersistDto::How)
+            }
+        }
+        deserializer.deserialize_any(Persist)
+    }
+}
+
+/// What `persist` may say about the uppers of the session. A field that is not known is refused, since a misspelt
+/// `retain_seconds` would lose the changes.
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct PersistHow {
     retain_seconds: Option<u64>,
     max_bytes: Option<u64>,
@@ -117,7 +142,15 @@ impl CreateRequest {
             None => config.idle_timeout_seconds,
         };
         let overlays = self.overlays.unwrap_or_default();
-        let uppers = upper_options(&overlays)?;
+        let mut uppers = UpperOptions::default();
+        if let Some(Object(WorkspaceDto { persist: Some(PersistDto::How(how)), .. })) = &self.workspace {
+            put_together(&mut uppers, "workspace", how)?;
+        }
+        for (index, Object(overlay)) in overlays.iter().enumerate() {
+            if let Some(PersistDto::How(how)) = &overlay.persist {
+                put_together(&mut uppers, &format!("overlays[{index}]"), how)?;
+            }
+        }
         let options = SessionOptions {
             profile: profile(self.profile.as_deref())?,
             mounts: mounts(self.workspace, overlays)?,
@@ -180,13 +213,24 @@ fn mount_mode(field: &str, given: Option<&str>) -> Result<MountMode, OptionError
     one_of(field, given, OVERLAY, &known)
 }
 
+fn persistence(field: &str, mode: MountMode, persist: Option<&PersistDto>) -> Result<MountMode, OptionError> {
+    match (mode, persist) {
+        (MountMode::Overlay { .. }, persist) => {
+            Ok(MountMode::Overlay { persist: !matches!(persist, Some(PersistDto::Whether(false))) })
+        }
+        (mode, None) => Ok(mode),
+        (_, Some(_)) => Err(OptionError::new(field, "only goes with mode overlay")),
+    }
+}
+
 fn mounts(
     workspace: Option<Object<WorkspaceDto>>,
     overlays: Vec<Object<OverlayDto>>,
 ) -> Result<Vec<Mount>, OptionError> {
     let mut mounts = Vec::new();
-    if let Some(Object(WorkspaceDto { path, mode })) = workspace {
+    if let Some(Object(WorkspaceDto { path, mode, persist })) = workspace {
         let mode = mount_mode("workspace.mode", mode.as_deref())?;
+        let mode = persistence("workspace.persist", mode, persist.as_ref())?;
         match set(path.as_deref()) {
             Some(path) => mounts.push(Mount { path: mount_path("workspace.path", path)?, mode }),
             // The Go SDK always sends the object.
@@ -197,15 +241,8 @@ fn mounts(
     for (index, Object(overlay)) in overlays.into_iter().enumerate() {
         let field = |name: &str| format!("overlays[{index}].{name}");
         let path = mount_path(&field("path"), overlay.path.as_deref().unwrap_or_default())?;
-        let mode = match (mount_mode(&field("mode"), overlay.mode.as_deref())?, overlay.persist) {
-            (MountMode::Overlay { .. }, persist) => {
-                MountMode::Overlay { persist: !matches!(persist, Some(PersistDto::Whether(false))) }
-            }
-            (mode, None) => mode,
-            (_, Some(_)) => {
-                return Err(OptionError::new(field("persist"), "only goes with mode overlay"));
-            }
-        };
+        let mode = mount_mode(&field("mode"), overlay.mode.as_deref())?;
+        let mode = persistence(&field("persist"), mode, overlay.persist.as_ref())?;
         mounts.push(Mount { path, mode });
     }
     Ok(mounts)
@@ -213,23 +250,22 @@ fn mounts(
 
 /// The uppers of a session have one place, so what its overlays say about them is put together: the longest and largest
 /// counts.
-fn upper_options(overlays: &[Object<OverlayDto>]) -> Result<UpperOptions, OptionError> {
-    let mut options = UpperOptions::default();
-    for (index, Object(overlay)) in overlays.iter().enumerate() {
-        let Some(PersistDto::How(Object(how))) = &overlay.persist else { continue };
-        for (name, value) in [("max_bytes", how.max_bytes), ("max_inodes", how.max_inodes)] {
-            let least = if name == "max_bytes" { UPPER_BYTES_MIN } else { UPPER_INODES_MIN };
-            if value.is_some_and(|value| value < least) {
-                let field = format!("overlays[{index}].persist.{name}");
-                return Err(OptionError::new(field, format!("must be at least {least}")));
-            }
+fn put_together(options: &mut UpperOptions, of: &str, how: &PersistHow) -> Result<(), OptionError> {
+    for (name, value, least) in
+        [("max_bytes", how.max_bytes, UPPER_BYTES_MIN), ("max_inodes", how.max_inodes, UPPER_INODES_MIN)]
+    {
+        if value.is_some_and(|value| value < least) {
+            return Err(OptionError::new(
+                format!("{of}.persist.{name}"),
+                format!("must be at least {least}"),
+            ));
         }
-        let retain = Duration::from_secs(how.retain_seconds.unwrap_or(0).min(SECONDS_MAX));
-        options.retain = options.retain.max(retain);
-        options.bytes_max = options.bytes_max.max(how.max_bytes);
-        options.inodes_max = options.inodes_max.max(how.max_inodes);
     }
-    Ok(options)
+    let retain = Duration::from_secs(how.retain_seconds.unwrap_or(0).min(SECONDS_MAX));
+    options.retain = options.retain.max(retain);
+    options.bytes_max = options.bytes_max.max(how.max_bytes);
+    options.inodes_max = options.inodes_max.max(how.max_inodes);
+    Ok(())
 }
 
 fn bind(Object(bind): Object<BindDto>) -> Result<Bind, OptionError> {
@@ -339,6 +375,8 @@ pub struct StateResponse {
 #[derive(Debug, Serialize)]
 struct SessionUppersDto {
     tier: Tier,
+    /// Whether the kernel keeps to the limit, or execd.
+    limited_by: Keeper,
     max: Limit,
     /// Some seconds ago.
     used: Usage,
@@ -353,7 +391,11 @@ impl From<&Session> for StateResponse {
         let options = &session.options;
         let overlays: Vec<ShownOverlay> = options.mounts.iter().map(overlay_dto).collect();
         let workspace = match overlays.as_slice() {
-            [only] => Some(WorkspaceDto { path: Some(only.path.clone()), mode: Some(only.mode.into()) }),
+            [only] => Some(WorkspaceDto {
+                path: Some(only.path.clone()),
+                mode: Some(only.mode.into()),
+                persist: None,
+            }),
             _ => None,
         };
         Self {
@@ -380,6 +422,7 @@ impl From<&Session> for StateResponse {
             idle_timeout_seconds: options.idle_timeout.map_or(0, |timeout| timeout.as_secs()),
             uppers: session.uppers_info().map(|info| SessionUppersDto {
                 tier: info.tier,
+                limited_by: info.tier.keeper(),
                 max: info.limit,
                 used: info.used,
                 retain_seconds: options.uppers.retain.as_secs(),
@@ -419,6 +462,8 @@ pub struct UpperResponse {
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_at: Option<String>,
     tier: Tier,
+    /// What they take; bytes.
+    used_bytes: u64,
     /// Whether a commit of it was cut off.
     half_committed: bool,
     overlays: Vec<KeptOverlay>,
@@ -440,10 +485,11 @@ impl From<&Retained> for UpperResponse {
         };
         Self {
             session_id: record.session.to_string(),
-            created_at: rfc3339(record.since.system_time()),
+            created_at: rfc3339(record.created.system_time()),
             ended_at: record.ended.map(|ended| rfc3339(ended.system_time())),
             expires_at: record.expires().map(rfc3339),
             tier: record.tier,
+            used_bytes: retained.used_bytes(),
             half_committed: record.committing,
             overlays: record.overlays.iter().map(overlay).collect(),
         }

@@ -36,6 +36,9 @@ pub enum ApiError {
     /// There is no such session.
     #[error("isolated session {0} not found")]
     NoSession(String),
+    /// Nothing is kept of such a session.
+    #[error("no uppers of a session {0} that has ended are kept")]
+    NoUppers(String),
     /// There is no such run.
     #[error("run {0} not found")]
     NoRun(String),
@@ -106,7 +109,7 @@ impl ApiError {
             // As the original, which finds these while it builds the session.
             Self::Option(error) if error.field == "profile" => (StatusCode::BAD_REQUEST, "RUNTIME_ERROR"),
             Self::Option(_) => INVALID,
-            Self::NoSession(_) | Self::NoRun(_) => NOT_FOUND,
+            Self::NoSession(_) | Self::NoUppers(_) | Self::NoRun(_) => NOT_FOUND,
             Self::NoLog => INVALID,
             Self::Create(error) => match error {
                 CreateError::Unavailable(_) => UNAVAILABLE,

@@ -9,8 +9,8 @@ use super::files::{FilesError, FilesVisit, GiveUp, Purpose};
 use super::inside::Inside;
 use super::session::Session;
 use super::task::{Order, Rest};
-use crate::files::FileError;
 use crate::files::walk::GoOn;
+use crate::files::{Class, FileError};
 use crate::sandbox::cgroup::Frozen;
 use crate::sandbox::launch::{LaunchError, ReplaceError};
 use crate::workspace::commit::{self, OnConflict};
@@ -111,7 +111,7 @@ impl Session {
     pub async fn visit_overlays(self: &Arc<Self>) -> Result<Arc<OverlaysVisit>, FilesError> {
         let visit = self.visit_files(Purpose::Use).await?;
         let uppers = visit.inside().uppers.clone();
-        let uppers = uppers.ok_or_else(|| FilesError::NotSupported("the session has no overlays".into()))?;
+        let uppers = uppers.ok_or_else(no_overlays)?;
         blocking(move || {
             let layers = uppers.layers().map_err(|error| own("open the layers", &error))?;
             if layers.is_empty() {
@@ -221,7 +221,12 @@ fn seal(inside: &Inside, note_killed: &dyn Fn()) -> Result<(), LaunchError> {
 /// What goes wrong, above all a lower that is gone.
 pub async fn visit_kept(retained: Arc<Retained>) -> Result<Arc<OverlaysVisit>, FilesError> {
     blocking(move || {
-        let layers = retained.layers().map_err(|error| own("open the layers", &error))?;
+        let layers = retained.layers().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => {
+                FileError::refused(error.to_string(), Class::NotFound, "make the folder again first").into()
+            }
+            _ => own("open the layers", &error),
+        })?;
         let notes = layers.folder.try_clone().map_err(|error| own("open the session's folder", &error))?;
         let since = retained.record().since;
         let (never, shut) = watch::channel(false);
@@ -291,7 +296,8 @@ impl OverlaysVisit {
                 Some(visit.session().be_alone(visit, options.wait, options.reset).await?)
             }
             Hold::Kept { .. } if options.reset => {
-                return Err(FilesError::NotSupported("there is no session to begin anew".into()));
+                let reason = "the session has ended, and nothing of it can begin anew";
+                return Err(FileError::invalid("reset_upper_after", reason).into());
             }
             Hold::Kept { .. } => None,
         };
@@ -299,7 +305,7 @@ impl OverlaysVisit {
         blocking(move || match (&self.hold, alone) {
             (Hold::Live { visit, uppers, .. }, Some(alone)) if options.reset => {
                 if !alone.is_shell_alone(visit.inside()) {
-                    let reason = "processes still live in the overlays; nothing was done";
+                    let reason = "processes of background runs, or left by others, live in the overlays; nothing was done";
                     return Err(FilesError::Busy(reason.into()));
                 }
                 let report = self.commit_now(&options)?;
@@ -369,7 +375,7 @@ fn check_reset(inside: &Inside, options: &CommitOptions) -> Result<(), FilesErro
         return Ok(());
     }
     if !options.paths.is_empty() || options.conflicts == OnConflict::Skip {
-        let reason = "with reset_upper_after everything is committed: it goes with neither paths nor skip";
+        let reason = "commits everything, so it goes with neither paths nor skip";
         return Err(FileError::invalid("reset_upper_after", reason).into());
     }
     let overlays = inside.uppers.as_ref().map_or(0, |uppers| uppers.count());
@@ -473,6 +479,10 @@ fn absolute(layers: &[Layer], text: &str) -> Result<PathBuf, FileError> {
         Some(clean) if is_clean(clean) && !trimmed.is_empty() => Ok(path),
         _ => Err(FileError::invalid(text, "must be a path without '.', '..' and doubled '/'")),
     }
+}
+
+pub(super) fn no_overlays() -> FilesError {
+    FileError::invalid("/", "the session has no overlays, so nothing is kept apart").into()
 }
 
 fn in_use() -> FilesError {

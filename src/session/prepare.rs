@@ -312,7 +312,7 @@ fn limit(options: &SessionOptions, configured: Limit) -> Result<Option<Limit>, O
     }
     let within = |field, asked: Option<u64>, configured: u64| match asked {
         Some(asked) if configured > 0 && asked > configured => {
-            Err(OptionError::new(field, format!("must be at most {configured}")))
+            Err(OptionError::new(field, format!("must be at most {configured}, as is configured")))
         }
         asked => Ok(asked.unwrap_or(configured)),
     };

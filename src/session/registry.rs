@@ -193,7 +193,7 @@ impl Registry {
     ) -> Result<Arc<Session>, ForkError> {
         let visit = source.visit_files(Purpose::Use).await?;
         let uppers = visit.inside().uppers.clone();
-        let uppers = uppers.ok_or_else(|| FilesError::NotSupported("the session has no overlays".into()))?;
+        let uppers = uppers.ok_or_else(super::overlays::no_overlays)?;
         if !uppers.are_reachable() {
             let reason = "the uppers of this session lie in its own user namespace, out of reach";
             return Err(FilesError::NotSupported(reason.into()).into());

@@ -25,6 +25,26 @@ pub enum Tier {
     Memory,
 }
 
+/// Who sees to it that a limit is kept to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Keeper {
+    /// The kernel: a write beyond it fails (ENOSPC).
+    Kernel,
+    /// execd: soon after it is exceeded nothing can be written any more (EROFS).
+    Execd,
+}
+
+impl Tier {
+    /// Who sees to it that its limit is kept to.
+    pub fn keeper(self) -> Keeper {
+        match self {
+            Self::Image | Self::Memory => Keeper::Kernel,
+            Self::Directory => Keeper::Execd,
+        }
+    }
+}
+
 /// What the uppers of one session may hold together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {

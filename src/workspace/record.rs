@@ -24,7 +24,9 @@ pub struct Record {
     pub tier: Tier,
     /// What they may hold.
     pub limit: Limit,
-    /// Since when there is the session; a change of a lower after that is none it has seen.
+    /// When the session was created.
+    pub created: Timestamp,
+    /// What its uppers began on; that of its source, for a fork. A change of a lower after that is none it has seen.
     pub since: Timestamp,
     /// When it ended; `None` as long as it lives, and when it was cut off.
     pub ended: Option<Timestamp>,
@@ -57,6 +59,7 @@ impl Record {
             session,
             tier,
             limit,
+            created: Timestamp::now(),
             since: Timestamp::now(),
             ended: None,
             retain_seconds,

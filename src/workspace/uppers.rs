@@ -16,7 +16,7 @@
 
 use super::clear::clear;
 use super::duplicate::duplicate;
-use super::home::{Home, Limit, Place, Tier, Usage, open_directory, tree_usage};
+use super::home::{Home, Keeper, Limit, Place, Tier, Usage, open_directory, tree_usage};
 use super::image::{Image, Images};
 use super::layer::{Layer, Marks};
 use super::record::{Record, RecordedOverlay};
@@ -195,6 +195,8 @@ pub enum Excess {
 pub struct Rung {
     /// Which.
     pub tier: Tier,
+    /// Who sees to it that its limit is kept to.
+    pub limited_by: Keeper,
     /// Whether it is used.
     pub available: bool,
     /// Why not.
@@ -240,11 +242,11 @@ impl Uppers {
             .map_err(|_| UppersError::InUse(root.clone()))?;
         let may = |tier| {
             let is_wanted = tiers.contains(&tier);
-            is_wanted.then_some(()).ok_or_else(|| "it is none of upper_tiers".to_owned())
+            is_wanted.then_some(()).ok_or_else(|| format!("{tier:?} is not among upper_tiers").to_lowercase())
         };
         let uppers = Arc::new(Self {
             limits,
-            images: may(Tier::Image).and_then(|()| images(&root, limits.persistent)),
+            images: may(Tier::Image).and_then(|()| images(&root, limits)),
             directories: may(Tier::Directory).and_then(|()| directories(&root)),
             memory: Home::memory(limits.ephemeral).map(drop).map_err(|error| error.to_string()),
             used_bytes: AtomicU64::new(0),
@@ -268,8 +270,12 @@ impl Uppers {
 
     /// Which tiers there are, the preferred one first.
     pub fn ladder(&self) -> [Rung; 3] {
-        let rung =
-            |tier, state: Result<(), String>| Rung { tier, available: state.is_ok(), reason: state.err() };
+        let rung = |tier: Tier, state: Result<(), String>| Rung {
+            tier,
+            limited_by: tier.keeper(),
+            available: state.is_ok(),
+            reason: state.err(),
+        };
         [
             rung(Tier::Image, self.images.as_ref().map(drop).map_err(Clone::clone)),
             rung(Tier::Directory, self.directories.clone()),
@@ -385,7 +391,7 @@ impl Uppers {
             *lock(&uppers.used) = usage;
             bytes += usage.bytes;
         }
-        bytes += self.retained().iter().map(|retained| tree_usage(&retained.folder).bytes).sum::<u64>();
+        bytes += self.retained().iter().map(|retained| retained.used_bytes()).sum::<u64>();
         self.used_bytes.store(bytes, Ordering::Relaxed);
         began.elapsed()
     }
@@ -583,9 +589,12 @@ impl SessionUppers {
         self.limit(true)
     }
 
-    /// What the persistent ones held some seconds ago.
+    /// What the persistent ones hold; in directories, what they held some seconds ago.
     pub fn used(&self) -> Usage {
-        *lock(&self.used)
+        match &lock(&self.contents).persistent {
+            Some(home) if home.tier() != Tier::Directory => home.usage(),
+            _ => *lock(&self.used),
+        }
     }
 
     /// What the persistent ones hold; a walk, for directories.
@@ -789,6 +798,11 @@ impl Retained {
         lock(&self.record).clone()
     }
 
+    /// What they take; bytes. A walk, for directories.
+    pub fn used_bytes(&self) -> u64 {
+        tree_usage(&self.folder).bytes
+    }
+
     /// Notes that the lowers are being changed, or no longer are.
     ///
     /// # Errors
@@ -839,11 +853,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn images(root: &Path, limit: Limit) -> Result<Arc<Images>, String> {
-    if limit.bytes == 0 {
-        return Err("no limit is configured".into());
-    }
-    Images::open(root, limit).map(Arc::new).map_err(|error| error.to_string())
+fn images(root: &Path, limits: Limits) -> Result<Arc<Images>, String> {
+    // An image has to have a size, also where only those have one whose session asks for it.
+    let usual = if limits.persistent.bytes == 0 { limits.ephemeral } else { limits.persistent };
+    Images::open(root, usual).map(Arc::new).map_err(|error| error.to_string())
 }
 
 fn directories(root: &Path) -> Result<(), String> {
