@@ -815,19 +815,4 @@ mod tests {
         assert!(is_beneath(b"a/b", b"a") && !is_beneath(b"ab", b"a") && !is_beneath(b"a", b"a"));
         assert_eq!([0o644, 0o4755, 0].map(octal_digits), [644, 4755, 0]);
     }
-
-    /// Prints how long a listing takes; `cargo test --release -- --ignored`.
-    #[test]
-    #[ignore = "prints figures"]
-    fn listing_is_fast() {
-        let script = "for d in {1..100}; do mkdir $d; (cd $d; touch {1..1000}); done";
-        let Some(overlay) = Overlay::new(script) else { return };
-        overlay.change("for d in {1..100}; do (cd $d; touch {501..1000}; touch {1001..1500}); done");
-        let layer = overlay.layer();
-        for _ in 0..3 {
-            let start = std::time::Instant::now();
-            let count = told(&layer, &[]).len();
-            println!("{count} entries in {:?}", start.elapsed());
-        }
-    }
 }

@@ -662,10 +662,8 @@ fn fill(field: &mut [u8], bytes: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::tree::stat_entry;
     use crate::workspace::trial::{GO_ON, Overlay, run, set_attribute};
     use flate2::read::GzDecoder;
-    use rustix::fs::CWD;
     use std::collections::{BTreeMap, BTreeSet};
     use std::ffi::OsStr;
     use std::hash::{DefaultHasher, Hash, Hasher};
@@ -1082,36 +1080,6 @@ mod tests {
             let text = String::from_utf8(records.0).unwrap();
             let (told, _) = text.split_once(' ').unwrap();
             assert_eq!(told.parse(), Ok(text.len()), "{length}");
-        }
-    }
-
-    /// Prints how long a gigabyte takes, and GNU tar; `cargo test --release -- --ignored`.
-    #[test]
-    #[ignore = "prints figures"]
-    fn a_gigabyte_is_fast() {
-        let random = "for i in {1..1000}; do head -c 1M /dev/urandom > $i; done";
-        let text = "find /usr/lib /usr/share /usr/include -type f -size -2M -print0 | xargs -0 grep -IhE . 2>/dev/null |
-            head -c 1000M > all; split -b 1M -a 3 all part; rm all; ls | wc -l";
-        for (name, script) in [("random", random), ("text", text)] {
-            let Some(overlay) = Overlay::new("") else { return };
-            overlay.change(script);
-            let layer = overlay.layer();
-            for _ in 0..2 {
-                let start = std::time::Instant::now();
-                let mut to = File::create(overlay.path("diff.tgz")).unwrap();
-                write(&layer, &[], &mut to, GO_ON).unwrap();
-                let ours = start.elapsed();
-                let start = std::time::Instant::now();
-                run(&overlay.path(""), "tar czf other.tgz -C upper .");
-                let theirs = start.elapsed();
-                let size = |name| stat_entry(CWD, overlay.path(name)).unwrap().stx_size >> 20;
-                println!(
-                    "{name}: {ours:?} ({} MiB), tar cz {theirs:?} ({} MiB): {:.1} times as fast",
-                    size("diff.tgz"),
-                    size("other.tgz"),
-                    theirs.as_secs_f64() / ours.as_secs_f64()
-                );
-            }
         }
     }
 }

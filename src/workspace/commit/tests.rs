@@ -567,32 +567,3 @@ fn a_full_disk_leaves_nothing_behind() {
     assert!(error.to_string().starts_with("/inside/d/file: "), "{error}");
     assert_eq!(left, ["\"\"", "\"d\"", "\"d/file\""]);
 }
-
-/// Prints how a commit of a gigabyte compares with `cp -a`.
-#[test]
-#[ignore = "takes long, and means something in a release build only"]
-fn speed() {
-    let Some(fixture) = Fixture::with("mkdir d") else { return };
-    fixture.overlay.change("for i in {1..1000}; do head -c 1048576 /dev/urandom >d/$i; done");
-    measure(&fixture, "a gigabyte in 1000 files");
-    let Some(fixture) = Fixture::with("mkdir d") else { return };
-    fixture.overlay.change("for i in {1..50}; do mkdir d/$i; for j in {1..100}; do head -c 3000 /dev/urandom >d/$i/$j; done; done");
-    measure(&fixture, "5000 small files in 50 directories");
-}
-
-fn measure(fixture: &Fixture, what: &str) {
-    for round in 0..3 {
-        let dir = fixture.overlay.path("");
-        run(&dir, "rm -rf copy home; mkdir home; rm -rf lower/d/*; sync");
-        let start = std::time::Instant::now();
-        run(&dir, "cp -a upper copy");
-        let plain = start.elapsed();
-        run(&dir, "sync");
-        let start = std::time::Instant::now();
-        let outcome = fixture.commit();
-        let whole = start.elapsed();
-        let synced = Duration::from_micros(outcome.fsync_us);
-        let ratio = (whole - synced).as_secs_f64() / plain.as_secs_f64();
-        println!("{what} {round}: cp {plain:?}, commit {whole:?} of which fsync {synced:?}: {ratio:.2}");
-    }
-}
