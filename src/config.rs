@@ -20,6 +20,8 @@ pub struct Config {
     /// What all persistent uppers together may hold; bytes, 0 for no limit. Measured every few seconds; at the limit no
     /// session with a persistent overlay is created, and the largest cannot write any more.
     pub upper_max_bytes: u64,
+    /// How long uppers may be kept after the end of their session; seconds.
+    pub retain_max_seconds: u64,
     /// The largest diff; bytes, before it is packed; 0 for no limit.
     pub diff_max_bytes: u64,
     /// Host paths that `extra_writable` and `binds` may name, with what is beneath them.
@@ -98,6 +100,7 @@ impl Default for Config {
             upper_root: "/var/lib/execd/isolation".into(),
             upper_tiers: vec![Tier::Image, Tier::Directory, Tier::Memory],
             upper_max_bytes: 8 << 30,
+            retain_max_seconds: 7 * 24 * 3600,
             diff_max_bytes: 4 << 30,
             allowed_writable: ["/workspace", "/mnt", "/media", "/data"].map(PathBuf::from).to_vec(),
             seccomp: Seccomp::default(),
@@ -232,7 +235,7 @@ mod tests {
         assert_eq!(config.seccomp.deny.unwrap(), built_in);
         let text = std::fs::read_to_string(EXAMPLE).unwrap();
         let keys = text.lines().filter(|line| line.contains(" = ")).count();
-        assert_eq!(keys, 21, "a key was added without a line in the example");
+        assert_eq!(keys, 22, "a key was added without a line in the example");
     }
 
     #[test]

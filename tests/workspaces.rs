@@ -139,6 +139,7 @@ fn what_makes_no_sense_is_refused() {
         (json!({"retain": 1}), "overlays[0].persist"),
         (json!([1, 2]), "overlays[0].persist"),
         (json!({"max_bytes": 1_u64 << 60}), "persist.max_bytes"),
+        (json!({"retain_seconds": 1 << 30}), "persist.retain_seconds"),
     ] {
         let (status, _, message) = daemon.post_session(&persistent(&one, &persist)).failure();
         assert!(status == 400 && message.starts_with(field), "{persist}: {message}");
@@ -535,4 +536,85 @@ fn a_half_committed_upper_is_kept_unasked() {
     commit(&session, &json!({}));
     assert_eq!(fs::read_dir(&work).unwrap().count(), 3001);
     assert_eq!(fs::metadata(work.join("big")).unwrap().size(), 200 << 20);
+}
+
+#[test]
+fn what_is_written_through_a_mapping_is_committed() {
+    let Some(daemon) = Setup::new().start() else { return };
+    if !machine::has_program("python3") {
+        return common::skip("python3 is needed to map a file into memory");
+    }
+    let code = "import mmap, os, time
+f = open('mapped', 'w+b'); f.write(b'0' * 4096); f.flush(); m = mmap.mmap(f.fileno(), 4096); m[0:5] = b'FIRST'
+open('first', 'w').close()
+while not os.path.exists('go'): time.sleep(0.01)
+m[0:6] = b'SECOND'
+open('second', 'w').close(); time.sleep(60)";
+    for persist in [true, false] {
+        let work = daemon.folder(&format!("work-{persist}"));
+        let session = daemon.create(&json!({"overlays": [{"path": work, "persist": persist}]}));
+        session.output(&format!(
+            "python3 -c \"{code}\" >/dev/null 2>&1 & while [ ! -e first ]; do sleep 0.01; done"
+        ));
+        // Until its times are so old that a file counts as settled.
+        std::thread::sleep(Duration::from_millis(200));
+        commit(&session, &json!({}));
+        assert!(fs::read(work.join("mapped")).unwrap().starts_with(b"FIRST0"));
+        session.output("touch go; while [ ! -e second ]; do sleep 0.01; done");
+        commit(&session, &json!({}));
+        assert!(fs::read(work.join("mapped")).unwrap().starts_with(b"SECOND"), "persist {persist}");
+        session.delete();
+        assert_eq!(machine::uppers(&daemon.upper_root()), [""; 0]);
+    }
+}
+
+#[test]
+fn broken_records_harm_nobody() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let work = daemon.folder("work");
+    let session = daemon.create(&persistent(&work, &json!({"retain_seconds": 3600})));
+    session.output("echo x >file");
+    let id = session.id.clone();
+    session.delete();
+    let root = daemon.upper_root();
+    let record = fs::read_to_string(root.join(&id).join("record.json")).unwrap();
+    let place = |name: &str, text: &str| {
+        fs::create_dir(root.join(name)).unwrap();
+        fs::write(root.join(name).join("record.json"), text).unwrap();
+    };
+    let other = "00000000-0000-4000-8000-000000000001";
+    let mut endless: Value = serde_json::from_str(&record).unwrap();
+    endless["session"] = json!(other);
+    endless["retain_seconds"] = json!(u64::MAX);
+    place(other, &endless.to_string());
+    endless["ended"] = json!({"sec": i64::MAX, "nsec": 0});
+    endless["session"] = json!("00000000-0000-4000-8000-000000000002");
+    place("00000000-0000-4000-8000-000000000002", &endless.to_string());
+    place("00000000-0000-4000-8000-000000000003", "{");
+    place("00000000-0000-4000-8000-000000000004", &record);
+    place("no-session", &record);
+    fs::create_dir(root.join("pipe")).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        root.join("pipe/record.json"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RWXU,
+        0,
+    )
+    .unwrap();
+    fs::write(root.join("stray"), "x").unwrap();
+    let daemon = daemon.killed_and_started_again();
+    let listed = uppers(&daemon);
+    let ids: Vec<&str> = listed.iter().map(|upper| upper["session_id"].as_str().unwrap()).collect();
+    assert!(ids.contains(&id.as_str()) && ids.contains(&other) && ids.len() == 3, "{ids:?}");
+    assert_eq!(daemon.get(&format!("/v1/isolated/uppers/{other}/diff")).status, 500);
+    let kept = Session { daemon: &daemon, id };
+    commit(&kept, &json!({}));
+    assert!(work.join("file").exists());
+    // What looks after them still does.
+    let short = daemon.create(&persistent(&work, &json!({"retain_seconds": 1})));
+    short.delete();
+    eventually("it expires", || {
+        !uppers(&daemon).iter().any(|upper| upper["session_id"] == short.id.as_str())
+    });
 }

@@ -16,9 +16,12 @@ use rustix::fs::{
 use rustix::io::Errno;
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 /// What is copied with one call, between two looks at whether anybody still wants it; bytes.
 const COPY_BYTES: usize = 8 << 20;
+/// What is compared at once; bytes.
+const COMPARE_BYTES: usize = 128 << 10;
 
 /// The call that failed, and why. `ECANCELED` stands for work that nobody wants any more.
 pub(crate) type Failed = (&'static str, Errno);
@@ -101,7 +104,7 @@ pub(crate) fn exactly(
 }
 
 /// Opens a held file for reading, without leaving a trace in its times where that is allowed.
-fn open_quietly(held: &OwnedFd) -> Result<File, Errno> {
+pub(crate) fn open_quietly(held: &OwnedFd) -> Result<File, Errno> {
     match reopen(held, OFlags::RDONLY | OFlags::NOATIME) {
         Err(Errno::PERM) => reopen(held, OFlags::RDONLY),
         opened => opened,
@@ -153,6 +156,40 @@ pub(crate) fn content(from: &File, to: impl AsFd, go_on: &GoOn<'_>) -> Result<u6
     }
     ftruncate(&to, size)?;
     Ok(bytes)
+}
+
+/// Whether two files hold the same, holes being zeros.
+pub(crate) fn is_same_content(one: &File, other: &File, go_on: &GoOn<'_>) -> Result<bool, Errno> {
+    let size = seek(one, SeekFrom::End(0))?;
+    if seek(other, SeekFrom::End(0))? != size {
+        return Ok(false);
+    }
+    let mut buffers = [vec![0; COMPARE_BYTES], vec![0; COMPARE_BYTES]];
+    let [left, right] = &mut buffers;
+    let mut at = 0;
+    while at < size {
+        go_on().map_err(|_| Errno::CANCELED)?;
+        // Where both have a hole there is nothing to look at.
+        at = next_data(one, at, size)?.min(next_data(other, at, size)?);
+        let length = usize::try_from(size - at).unwrap_or(COMPARE_BYTES).min(COMPARE_BYTES);
+        let (Some(left), Some(right)) = (left.get_mut(..length), right.get_mut(..length)) else { break };
+        let read = one.read_exact_at(left, at).and_then(|()| other.read_exact_at(right, at));
+        match read {
+            Ok(()) if left == right => at += length as u64,
+            Ok(()) => return Ok(false),
+            // One has become shorter.
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(false),
+            Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+        }
+    }
+    Ok(true)
+}
+
+fn next_data(file: &File, at: u64, size: u64) -> Result<u64, Errno> {
+    match seek(file, SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => Ok(size),
+        found => found,
+    }
 }
 
 /// Copies on from where both files are; as much as one call does.

@@ -221,6 +221,7 @@ fn seal(inside: &Inside, note_killed: &dyn Fn()) -> Result<(), LaunchError> {
 /// What goes wrong, above all a lower that is gone.
 pub async fn visit_kept(retained: Arc<Retained>) -> Result<Arc<OverlaysVisit>, FilesError> {
     blocking(move || {
+        let reading = retained.read().ok_or_else(in_use)?;
         let layers = retained.layers().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => {
                 FileError::refused(error.to_string(), Class::NotFound, "make the folder again first").into()
@@ -230,6 +231,7 @@ pub async fn visit_kept(retained: Arc<Retained>) -> Result<Arc<OverlaysVisit>, F
         let notes = layers.folder.try_clone().map_err(|error| own("open the session's folder", &error))?;
         let since = retained.record().since;
         let (never, shut) = watch::channel(false);
+        drop(reading);
         let hold = Hold::Kept { retained, layers, _never: never };
         Ok(Arc::new(OverlaysVisit { hold, since, notes, shut }))
     })
@@ -273,7 +275,7 @@ impl OverlaysVisit {
         blocking(move || {
             // Nobody removes what is kept meanwhile.
             let _reading = match &visit.hold {
-                Hold::Kept { retained, .. } => Some(retained.in_use.try_read().map_err(|_| in_use())?),
+                Hold::Kept { retained, .. } => Some(retained.read().ok_or_else(in_use)?),
                 Hold::Live { .. } => None,
             };
             let go_on = || {
@@ -324,7 +326,7 @@ impl OverlaysVisit {
 
     fn commit_now(&self, options: &CommitOptions) -> Result<CommitReport, FilesError> {
         let _alone = match &self.hold {
-            Hold::Kept { retained, .. } => Some(retained.in_use.try_write().map_err(|_| in_use())?),
+            Hold::Kept { retained, .. } => Some(retained.write().ok_or_else(in_use)?),
             Hold::Live { .. } => None,
         };
         let parts = self.parts(&options.paths)?;
@@ -486,7 +488,7 @@ pub(super) fn no_overlays() -> FilesError {
 }
 
 fn in_use() -> FilesError {
-    FilesError::Busy("the uppers are in use by somebody else; nothing was done".into())
+    FilesError::Busy("the uppers are in use by somebody else, or being removed; nothing was done".into())
 }
 
 fn own(what: &str, error: &io::Error) -> FilesError {

@@ -281,6 +281,11 @@ fn begin_uppers(
         return Err(PrepareError::NotSupported(reason.into()));
     }
     let Some(uppers) = &foundation.uppers else { return Ok(None) };
+    let retain_max = foundation.config.retain_max_seconds;
+    if options.uppers.retain.as_secs() > retain_max {
+        let reason = format!("must be at most {retain_max}, as is configured");
+        return Err(OptionError::new("persist.retain_seconds", reason).into());
+    }
     let persists = |mount: &Mount| mount.mode == MountMode::Overlay { persist: true };
     let persistent = options.mounts.iter().zip(resolved).filter(|(mount, _)| persists(mount));
     let lowers: Vec<&Path> = persistent.map(|(_, (source, _))| source.as_path()).collect();

@@ -195,8 +195,9 @@ impl Shell {
 
     /// Replaces the shell by a new one that goes on where the old one could still say it was. Blocks.
     pub(super) fn replace(&mut self, answer_max: Duration) -> Result<(), ShellError> {
-        self.kill_shell();
+        // Before the shell notices that its pipe is gone: it might begin to say so again when it ends.
         let carried = Carried::parse(&self.io.take_state());
+        self.kill_shell();
         match self.start(carried.as_ref(), answer_max) {
             // What was carried over can be what keeps the new shell from answering.
             Err(ShellError::Silent { .. } | ShellError::Ended { .. }) if carried.is_some() => {

@@ -149,6 +149,8 @@ impl ShellIo {
         self.watching_prompt = false;
         self.drain_status();
         self.status_bytes.clear();
+        self.drain_state();
+        self.state_bytes.clear();
         self.at_prompt = false;
         Ok(())
     }

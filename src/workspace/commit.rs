@@ -24,8 +24,8 @@ use crate::files::copy::{self, Like, failed_at};
 use crate::files::error::{Call, Class, FileError};
 use crate::files::remove::names;
 use crate::files::tree::{
-    DIRECTORY, FileId, Node, identity, kind, open_below, open_within, permissions, proc_path, rename,
-    split_below, stat, stat_entry, unlink,
+    DIRECTORY, FileId, Node, identity, kind, open_below, open_regular_below, open_within, permissions,
+    proc_path, rename, split_below, stat, stat_entry, unlink,
 };
 use crate::files::walk::{BELOW_BYTES_MAX, GoOn, Order, Walk};
 use crate::files::xattr;
@@ -464,6 +464,10 @@ impl Commit<'_> {
         let privileged = self.site.options.keep_privileges;
         let done = stat_entry(&place.lower, name).ok();
         let done = done.filter(|lower| self.journal.is_done(lower, &source.stat, privileged));
+        let done = match done {
+            Some(lower) if self.is_unchanged(place, name, below, &source)? => Some(lower),
+            _ => None,
+        };
         let id = match done {
             Some(lower) => identity(&lower),
             None => self.copy(place, below, &source)?,
@@ -472,6 +476,27 @@ impl Commit<'_> {
             self.links.insert(identity(&source.stat), First { below: below.to_vec(), id });
         }
         Ok(())
+    }
+
+    /// Whether the lower still has the content that has been copied once: a file that a program has mapped into its memory
+    /// (MAP_SHARED) can be written without any of its times changing.
+    fn is_unchanged(
+        &self,
+        place: &Place,
+        name: &OsStr,
+        below: &[u8],
+        source: &Node,
+    ) -> Result<bool, FileError> {
+        if kind(&source.stat) != FileType::RegularFile {
+            return Ok(true);
+        }
+        let path = self.site.path(below);
+        let upper = copy::open_quietly(&source.fd).call("open", &path)?;
+        let lower = match open_regular_below(&place.lower, name.as_bytes()) {
+            Err(Errno::NOENT) => return Ok(false),
+            opened => opened.call("open", &path)?,
+        };
+        copy::is_same_content(&upper, &lower, self.site.go_on).call("read", &path)
     }
 
     /// The upper's entry, unless it has gone since, or has become something that the next commit sees to.

@@ -3,14 +3,17 @@
 use super::home::{Limit, Tier};
 use super::layer::Marks;
 use super::timestamp::Timestamp;
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use uuid::Uuid;
 
 const FILE: &str = "record.json";
+/// The largest that is read; bytes.
+const BYTES_MAX: u64 = 1 << 20;
 /// Of this form; another one is not read.
 const VERSION: u32 = 1;
 
@@ -68,9 +71,9 @@ impl Record {
         }
     }
 
-    /// When its uppers go; `None` as long as it has not ended.
+    /// When its uppers go; `None` as long as it has not ended, and for never.
     pub fn expires(&self) -> Option<SystemTime> {
-        Some(self.ended?.system_time() + Duration::from_secs(self.retain_seconds))
+        self.ended?.system_time().checked_add(Duration::from_secs(self.retain_seconds))
     }
 
     /// Writes it into the session's folder, in one step.
@@ -88,7 +91,13 @@ impl Record {
     /// # Errors
     /// Those of the file system; `InvalidData` for what is no record of this version.
     pub fn read(folder: &Path) -> io::Result<Self> {
-        let record: Self = serde_json::from_slice(&fs::read(folder.join(FILE))?)?;
+        // Whatever lies there must not be waited for.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file: File = rustix::fs::open(folder.join(FILE), flags, Mode::empty())?.into();
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a record that is no file"));
+        }
+        let record: Self = serde_json::from_reader(BufReader::new(file.take(BYTES_MAX)))?;
         if record.version != VERSION {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a record of another version"));
         }

@@ -22,7 +22,10 @@ impl Timestamp {
 
     /// For calculations.
     pub fn system_time(self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::new(u64::try_from(self.sec).unwrap_or(0), self.nsec)
+        let since = Duration::from_secs(u64::try_from(self.sec).unwrap_or(0));
+        let since = since.saturating_add(Duration::from_nanos(self.nsec.into()));
+        // What no clock shows is as good as the beginning.
+        SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH)
     }
 }
 

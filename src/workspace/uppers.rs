@@ -38,7 +38,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant, SystemTime};
 use uuid::Uuid;
 
@@ -52,6 +52,9 @@ const FREE_PART: u64 = 50;
 const FREE_BYTES: u64 = 1 << 30;
 /// How long uppers are kept at least that a commit has been cut off in.
 const HALF_COMMITTED_KEPT: Duration = Duration::from_secs(24 * 3600);
+/// How long another execd may take to let go of `upper_root`, and between two looks.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(3);
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 /// The file of an image in a session's folder.
 const IMAGE: &str = "image";
 /// What the names of folders end in that have taken the place of others.
@@ -161,8 +164,8 @@ impl Renewal {
 pub struct Retained {
     record: Mutex<Record>,
     folder: PathBuf,
-    /// Held for writing by whoever removes them or changes their lowers.
-    pub in_use: RwLock<()>,
+    /// Held for writing by whoever removes them or changes their lowers; whether they have been removed.
+    in_use: RwLock<bool>,
     open: Mutex<Weak<RetainedLayers>>,
 }
 
@@ -238,8 +241,7 @@ impl Uppers {
         let root = root.canonicalize().map_err(failed)?;
         fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(failed)?;
         let lock = File::open(&root).map_err(failed)?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| UppersError::InUse(root.clone()))?;
+        await_lock(&lock).map_err(|_| UppersError::InUse(root.clone()))?;
         let may = |tier| {
             let is_wanted = tiers.contains(&tier);
             is_wanted.then_some(()).ok_or_else(|| format!("{tier:?} is not among upper_tiers").to_lowercase())
@@ -353,18 +355,17 @@ impl Uppers {
             .filter(over)
             .map(|uppers| (uppers.id, Excess::OfSession(uppers.limit(true))))
             .collect();
-        let total = if total_max > 0 && self.used_bytes() > total_max {
-            Some(Excess::OfAll(total_max))
-        } else {
-            // Images have room that their file system may not have: writes would be lost.
-            self.is_disk_full().then_some(Excess::OfDisk)
+        let largest = |is_meant: &dyn Fn(Tier) -> bool| {
+            let meant = live.iter().filter(|uppers| is_meant(uppers.tier));
+            meant.max_by_key(|uppers| uppers.used().bytes).map(|uppers| uppers.id)
         };
-        if let Some(excess) = total {
-            let largest = live
-                .iter()
-                .filter(|uppers| uppers.tier != Tier::Memory)
-                .max_by_key(|uppers| uppers.used().bytes);
-            excesses.extend(largest.map(|uppers| (uppers.id, excess)));
+        if total_max > 0 && self.used_bytes() > total_max {
+            let id = largest(&|tier| tier != Tier::Memory);
+            excesses.extend(id.map(|id| (id, Excess::OfAll(total_max))));
+        }
+        // Images have room that the file system beneath may not have, and what is written to them then would be lost.
+        if self.is_disk_full() {
+            excesses.extend(largest(&|tier| tier == Tier::Image).map(|id| (id, Excess::OfDisk)));
         }
         excesses
     }
@@ -416,7 +417,8 @@ impl Uppers {
     /// # Errors
     /// See [`RemoveError`].
     pub fn remove(&self, retained: &Retained) -> Result<(), RemoveError> {
-        let _alone = retained.in_use.try_write().map_err(|_| RemoveError::InUse)?;
+        let mut is_removed = retained.in_use.try_write().map_err(|_| RemoveError::InUse)?;
+        *is_removed = true;
         if lock(&self.retained).remove(&retained.record().session).is_some() {
             self.trash.take(&retained.folder)?;
         }
@@ -430,11 +432,16 @@ impl Uppers {
             if Trash::is_called(&name) || Images::is_called(&name) {
                 continue;
             }
-            match Record::read(&entry.path()) {
-                Ok(record) if record.retain_seconds > 0 || record.committing => {
-                    self.retain(record, entry.path())?;
+            let is_its_own = |record: &Record| name.to_str() == Some(&*record.session.to_string());
+            let left = match Record::read(&entry.path()) {
+                Ok(record) if is_its_own(&record) && (record.retain_seconds > 0 || record.committing) => {
+                    self.retain(record, entry.path())
                 }
-                _ => self.trash.take(&entry.path())?,
+                _ => self.trash.take(&entry.path()),
+            };
+            if let Err(error) = left {
+                let path = entry.path();
+                tracing::error!(path = %path.display(), %error, "leftover uppers can be neither kept nor removed");
             }
         }
         Ok(())
@@ -697,7 +704,8 @@ impl SessionUppers {
     /// Those of the file system.
     pub fn note_commit(&self, is_going_on: bool) -> io::Result<()> {
         let mut contents = lock(&self.contents);
-        if self.tier == Tier::Memory {
+        if contents.record.overlays.is_empty() {
+            // Nothing of it is there to go on with.
             return Ok(());
         }
         contents.record.committing = is_going_on;
@@ -762,7 +770,15 @@ impl Drop for SessionUppers {
         let record = contents.record.clone();
         let session = record.session;
         let folder = self.uppers.root.join(session.to_string());
-        let Some(home) = persistent else { return };
+        let Some(home) = persistent else {
+            // Only there if something had to be remembered.
+            if folder.exists()
+                && let Err(error) = trash.take(&folder)
+            {
+                tracing::error!(%session, %error, "notes about uppers could not be removed; tried again at the next start");
+            }
+            return;
+        };
         let is_kept = record.retain_seconds > 0 && home.tier() != Tier::Memory;
         let left = match home.place {
             Place::Memory(root) => {
@@ -798,6 +814,16 @@ impl Retained {
         lock(&self.record).clone()
     }
 
+    /// Keeps them there while they are read; `None` while somebody changes their lowers, or when they are gone.
+    pub fn read(&self) -> Option<RwLockReadGuard<'_, bool>> {
+        self.in_use.try_read().ok().filter(|is_removed| !**is_removed)
+    }
+
+    /// Keeps everybody else away from them; `None` while somebody reads them, or when they are gone.
+    pub fn write(&self) -> Option<RwLockWriteGuard<'_, bool>> {
+        self.in_use.try_write().ok().filter(|is_removed| !**is_removed)
+    }
+
     /// What they take; bytes. A walk, for directories.
     pub fn used_bytes(&self) -> u64 {
         tree_usage(&self.folder).bytes
@@ -824,7 +850,11 @@ impl Retained {
         }
         let record = self.record();
         let home = match record.tier {
-            Tier::Image => Home::image(Image::open(&self.folder.join(IMAGE))?)?,
+            Tier::Image => {
+                // Not to be taken for a lower that is gone.
+                let image = Image::open(&self.folder.join(IMAGE));
+                Home::image(image.map_err(|error| io::Error::other(format!("the image: {error}")))?)?
+            }
             Tier::Directory | Tier::Memory => Home::directory(&self.folder)?,
         };
         let layer = |overlay: &RecordedOverlay| {
@@ -851,6 +881,17 @@ impl Retained {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One that has been killed may still be on its way out.
+fn await_lock(lock: &File) -> io::Result<()> {
+    let deadline = Instant::now() + LOCK_WAIT_MAX;
+    loop {
+        match flock(lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN) if Instant::now() < deadline => std::thread::sleep(LOCK_INTERVAL),
+            done => return Ok(done?),
+        }
+    }
 }
 
 fn images(root: &Path, limits: Limits) -> Result<Arc<Images>, String> {
