@@ -134,11 +134,13 @@ pub(crate) fn script(folder: &Path, code: &str) {
     child.wait().unwrap();
 }
 
-/// Applies a layer as its readers do: deletions first, then what GNU tar unpacks.
+/// Applies a layer as its readers do: deletions first, then what GNU tar unpacks. tar leaves directories the attributes
+/// that they have beyond those of their entry, which a layer cannot say are gone, so they are taken away before.
 pub(crate) fn apply_layer(layer: &[u8], folder: &Path) {
     let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(layer));
     for entry in archive.entries().unwrap() {
         let entry = entry.unwrap();
+        let is_directory = entry.header().entry_type().is_dir();
         let name = entry.path_bytes().into_owned();
         let path = folder.join(std::ffi::OsStr::from_bytes(&name));
         let Some(last) = path.file_name().map(|last| last.as_bytes().to_vec()) else { continue };
@@ -146,6 +148,10 @@ pub(crate) fn apply_layer(layer: &[u8], folder: &Path) {
         if last == b".wh..wh..opq" {
             for entry in fs::read_dir(parent).into_iter().flatten() {
                 remove(&entry.unwrap().path());
+            }
+        } else if is_directory && path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir()) {
+            for (name, _) in attributes(&path).iter().filter(|(name, _)| name.starts_with("user.")) {
+                rustix::fs::lremovexattr(&path, name.as_str()).unwrap();
             }
         } else if let Some(gone) = last.strip_prefix(b".wh.") {
             remove(&parent.join(std::ffi::OsStr::from_bytes(gone)));
