@@ -20,7 +20,7 @@ use crate::session::registry::ForkError;
 use crate::workspace::changes::Changes;
 use crate::workspace::commit::OnConflict;
 use crate::workspace::diff;
-use crate::workspace::uppers::Retained;
+use crate::workspace::retained::Retained;
 use axum::Router;
 use axum::extract::{FromRequest, Path, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};

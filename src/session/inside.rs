@@ -9,7 +9,7 @@ use super::dialect::Dialect;
 use crate::files::Tree;
 use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::launch::Sandbox;
-use crate::workspace::uppers::SessionUppers;
+use crate::workspace::session_uppers::SessionUppers;
 use execd_init_shim::messages::MountStep;
 use std::sync::Arc;
 use tokio::sync::{OwnedRwLockReadGuard, RwLock, watch};

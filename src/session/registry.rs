@@ -18,7 +18,7 @@ use crate::files::FileError;
 use crate::sandbox::spec::SandboxSpec;
 use crate::session::options::UidMode;
 use crate::session::probe::Feature;
-use crate::workspace::uppers::SessionUppers;
+use crate::workspace::session_uppers::SessionUppers;
 use execd_init_shim::messages::MountStep;
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -9,7 +9,7 @@ use super::run::{Attachment, End, Queued, Run, RunSpec, Runs};
 use super::state::State;
 use super::task::Order;
 use crate::workspace::home::{Limit, Tier, Usage};
-use crate::workspace::uppers::SessionUppers;
+use crate::workspace::session_uppers::SessionUppers;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;

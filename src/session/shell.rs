@@ -23,7 +23,7 @@ use crate::sandbox::cgroup::{Cgroup, CpuTime};
 use crate::sandbox::launch::{Exit, LaunchError, ProgramStart, Sandbox, Started};
 use crate::sandbox::launcher::Launcher;
 use crate::sandbox::spec::SandboxSpec;
-use crate::workspace::uppers::SessionUppers;
+use crate::workspace::session_uppers::SessionUppers;
 use execd_init_shim::messages::{ExitStatus, MountStep};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};

@@ -10,7 +10,7 @@ use super::shell_io::ShellIo;
 use crate::config;
 use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::launch::Sandbox;
-use crate::workspace::uppers::SessionUppers;
+use crate::workspace::session_uppers::SessionUppers;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;

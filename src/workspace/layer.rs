@@ -1,7 +1,11 @@
 //! One overlay, seen from outside: its two trees.
 
+use super::home::open_directory;
 use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
 use std::ffi::CStr;
+use std::io;
 use std::path::PathBuf;
 
 /// The upper and the lower of an overlay, as directories of the host.
@@ -56,4 +60,16 @@ pub(crate) fn is_portable(attribute: &CStr) -> bool {
     !name.starts_with(b"trusted.overlay.")
         && !name.starts_with(b"user.overlay.")
         && name != b"security.selinux"
+}
+
+/// Opens a lower for reading, without what is mounted in it: an overlay does not show that, either.
+pub(super) fn open_lower(lower: &OwnedFd) -> io::Result<OwnedFd> {
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    match open_tree(lower, "", flags) {
+        Ok(alone) => open_directory(&alone, "."),
+        // A plain user cannot; such a one has not mounted anything there, either.
+        Err(Errno::PERM | Errno::NOSYS) => open_directory(lower, "."),
+        Err(errno) => Err(errno.into()),
+    }
 }

@@ -12,6 +12,8 @@ pub mod journal;
 pub mod layer;
 pub mod record;
 pub mod resolve;
+pub mod retained;
+pub mod session_uppers;
 mod site;
 pub mod timestamp;
 mod trash;
