@@ -623,3 +623,29 @@ fn broken_records_harm_nobody() {
         !uppers(&daemon).iter().any(|upper| upper["session_id"] == short.id.as_str())
     });
 }
+
+#[test]
+fn what_was_made_for_no_session_is_not_kept() {
+    let Some(daemon) = Setup::new().start() else { return };
+    let work = daemon.folder("work");
+    let mut body = persistent(&work, &json!({"retain_seconds": 3600}));
+    body["binds"] = json!([{"source": work, "dest": "/no/such/place"}]);
+    assert_eq!(daemon.post_session(&body).failure().0, 400);
+    assert_eq!(uppers(&daemon), [Value::Null; 0]);
+    assert_eq!(machine::uppers(&daemon.upper_root()), [""; 0]);
+}
+
+#[test]
+fn all_uppers_together_have_a_limit() {
+    let Some(daemon) = Setup::new().setting("upper_max_bytes = 30000000").start() else { return };
+    let work = daemon.folder("work");
+    let (small, large) = (daemon.create(&overlay(&work)), daemon.create(&overlay(&work)));
+    small.output("head -c 5M /dev/urandom >file");
+    large.output("head -c 40M /dev/urandom >file");
+    eventually("the largest is sealed", || large.state()["uppers"]["sealed"].is_string());
+    assert!(large.run("echo x >more").stderr().contains("Read-only file system"));
+    small.output("echo x >more");
+    // Deleting it makes room again.
+    large.delete();
+    eventually("there is room", || daemon.post_session(&overlay(&work)).status == 201);
+}

@@ -87,7 +87,7 @@ impl Init<'_> {
             Some(Received { message: Request::Start { id, program, into_cgroup }, fds, .. }) => {
                 Some((*id, self.fork(program, *into_cgroup, fds)))
             }
-            Some(_) | None => None,
+            _ => None,
         };
         let mut awaited = mounts::AwaitedMounts::new(&self.channel, plan.awaited_mounts);
         let assembled = mounts::assemble(&plan.mounts, plan.id_map.is_some(), &mut awaited)?;

@@ -365,6 +365,7 @@ impl Registry {
         let Built { launched, effective, workspace, late_mounts } = built;
         let Launched { mut shell, resources, generation, .. } = launched;
         shell.io = shell.io.register()?;
+        resources.uppers.iter().for_each(|uppers| uppers.taken_into_use());
         let config = self.foundation.config.session.clone();
         let (queue, queue_receiver) = mpsc::channel(config.waiting_runs_max);
         let (asks, asks_receiver) = mpsc::channel(1);

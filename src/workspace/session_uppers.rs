@@ -73,6 +73,8 @@ struct Contents {
     persistent: Option<Home>,
     ephemeral: Option<Home>,
     made: Vec<Made>,
+    /// Whether the session has come about.
+    in_use: bool,
 }
 
 /// An upper that has been made.
@@ -108,7 +110,8 @@ impl SessionUppers {
         let tier = uppers.tier(wanted);
         let limit = wanted.limit.unwrap_or(uppers.limits.persistent);
         let record = Record::new(id, tier, limit, wanted.retain.as_secs());
-        let contents = Contents { record, persistent: None, ephemeral: None, made: Vec::new() };
+        let contents =
+            Contents { record, persistent: None, ephemeral: None, made: Vec::new(), in_use: false };
         Self {
             uppers,
             id,
@@ -118,6 +121,11 @@ impl SessionUppers {
             used: Mutex::default(),
             contents: Mutex::new(contents),
         }
+    }
+
+    /// Notes that there is a session that uses them. What was made for one that did not come about is never kept.
+    pub fn taken_into_use(&self) {
+        lock(&self.contents).in_use = true;
     }
 
     /// Whose they are.
@@ -406,31 +414,18 @@ impl Drop for SessionUppers {
         let (persistent, ephemeral) = (contents.persistent.take(), contents.ephemeral.take());
         // A descriptor of a file system keeps it from going.
         contents.made.clear();
-        let trash = &self.uppers.trash;
-        trash.drop_later(ephemeral);
         let record = contents.record.clone();
         let session = record.session;
         let folder = self.uppers.root.join(session.to_string());
-        let Some(home) = persistent else {
-            // Only there if something had to be remembered.
-            if folder.exists()
-                && let Err(error) = trash.take(&folder)
-            {
-                tracing::error!(%session, %error, "notes about uppers could not be removed; tried again at the next start");
-            }
-            return;
-        };
-        let is_kept = record.retain_seconds > 0 && home.tier() != Tier::Memory;
-        let left = match home.place {
-            Place::Memory(root) => {
-                trash.drop_later(root);
-                // Only there if something had to be remembered.
-                if folder.exists() { trash.take(&folder) } else { Ok(()) }
-            }
-            place => {
-                trash.drop_later(place);
-                if is_kept { self.uppers.retain(record, folder) } else { trash.take(&folder) }
-            }
+        let is_on_disk = persistent.as_ref().is_some_and(|home| home.tier() != Tier::Memory);
+        let trash = &self.uppers.trash;
+        trash.drop_later((ephemeral, persistent));
+        let left = if is_on_disk && contents.in_use && record.retain_seconds > 0 {
+            self.uppers.retain(record, folder)
+        } else if folder.exists() {
+            trash.take(&folder)
+        } else {
+            Ok(())
         };
         if let Err(error) = left {
             tracing::error!(%session, %error, "uppers could not be removed or kept; tried again at the next start");
